@@ -1,0 +1,941 @@
+"""Livestreams: the LPR4M layout on disk, samples and batches, and a renderer that writes the same layout.
+
+    python data.py render runs/livestreams                    the quickstart's data (about a minute on two cores)
+    python data.py render DIR --seed 1 --lives 200 --categories 34 --size 160
+
+    DIR/annotations/training_videoinfo_*.txt       a clip a row, 11 columns by tab: video_id, frame_id list, box list,
+                                                   image_id, title, category id, category name, ASR, scale, duration, number
+    DIR/annotations/SPLIT_videoid_asr_*.txt        video_id, ASR                                SPLIT is test or val
+    DIR/annotations/SPLIT_image_title_*.txt        image_id, title
+    DIR/annotations/SPLIT_videoid_to_gtimage_*.json    {video_id: [image_id, ...]}
+    DIR/annotations/SPLIT_frameid2gtbox_*.json         {frame_id: [[x1, y1, x2, y2(, category)], ...]} pixels
+    DIR/annotations/SPLIT_liveid_to_gallery_*.json     {live_id: [image_id, ...]}
+    DIR/annotations/SPLIT_{scale,duration,number}_{value}.txt    the video ids of a split of Table 1, one a row
+    DIR/annotations/SPLIT_frameid2kind_*.json          {frame_id: kind}, only in rendered data
+    DIR/frames/FRAME_ID.jpg    DIR/images/IMAGE_ID.jpg     (or .png; or one level down, in FRAME_ID[:2]/)
+
+    video_id = live_id-start_ms-end_ms,  frame_id = video_id-index.  A live id may hold hyphens itself.
+
+Data flow:  Lives (rows of text) -> Clip (ids, boxes, texts) -> DetectionSet or PairSet (tensors of one sample)
+            -> collate_* (padded batches) by StepSampler, in an order that is a function of (seed, step) alone.
+
+Letters: B batch, T frames, M boxes of a frame, H W pixels, S side of a square view, P patches, N tokens of a text.
+"""
+import argparse
+import ast
+import io
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.io
+from PIL import Image, ImageDraw, ImageFilter
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+SPLITS = {"scale": ("small", "medium", "large"), "duration": ("short", "medium", "long"),
+          "number": ("abundant", "medium", "few")}
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                        # what DAB-DETR's weights expect
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what CLIP's weights expect
+
+
+class BadInput(Exception):
+    """Something a user gave is wrong; its text is the one line the user sees (exit status 2)."""
+
+
+# ------------------------------------------------------------------ reading the layout
+
+
+@dataclass
+class Clip:
+    """One clip; boxes[t] is [n, 5] = x1 y1 x2 y2 in pixels and the raw category id (-1: not known), n >= 0.
+
+    `boxes` is None when nobody annotated the clip; `kinds` tells how a rendered frame was staged.
+    """
+    video_id: str
+    frame_ids: list
+    boxes: list | None
+    image_ids: list
+    title: str
+    asr: str
+    kinds: list | None = None
+
+    @property
+    def live_id(self):
+        return self.video_id.rsplit("-", 2)[0]
+
+
+def _literal(text, where):
+    """A list written as JSON or as a Python literal; never evaluated as code."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise BadInput(f"{where}: expected a list such as [\"a\", \"b\"], found {text[:40]!r}") from None
+    if not isinstance(value, list):
+        raise BadInput(f"{where}: expected a list, found {text[:40]!r}")
+    return value
+
+
+def _safe_id(name, where):
+    """An id becomes a file name, so it must not lead out of its folder."""
+    if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0"):
+        raise BadInput(f"{where}: {str(name)[:60]!r} is not an id (no '/', no leading '.', not empty)")
+    return name
+
+
+def _boxes(entry, category, where):
+    """Boxes of one frame, from one flat box or a list of boxes of 4 or 5 numbers; zeros or nothing mean no box."""
+    rows = [entry] if entry and not isinstance(entry[0], list) else entry or []
+    out = []
+    for row in rows:
+        if len(row) not in (4, 5) or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in row):
+            raise BadInput(f"{where}: expected x1, y1, x2, y2 and perhaps a category, found {str(row)[:60]}")
+        if row[2] > row[0] and row[3] > row[1]:
+            out.append([*row[:4], row[4] if len(row) == 5 else category])
+    return np.asarray(out, np.float32).reshape(-1, 5)
+
+
+class Lives:
+    """One split ("train", "val" or "test") of a data folder in the LPR4M layout; `clip(i)` parses clip i on demand.
+
+    A training file is kept as one array of byte offsets; nothing grows with the number of frames.
+    categories: {raw id: name} of the training rows, in order of id; a detector's class k is the k-th of them.
+    Raises BadInput naming file, row and field.
+    """
+
+    def __init__(self, root, split):
+        self.root, self.split = Path(root), split
+        if not (self.root / "annotations").is_dir():
+            raise BadInput(f"{self.root}: no annotations/ folder; make one with `python data.py render {self.root}`")
+        self._index_training() if split == "train" else self._read_test()
+
+    def __len__(self):
+        return len(self.frame_counts)
+
+    def _files(self, pattern):
+        return sorted((self.root / "annotations").glob(pattern))
+
+    def _index_training(self):
+        self.files = self._files("training_videoinfo_*.txt")
+        if not self.files:
+            raise BadInput(f"{self.root}/annotations: no training_videoinfo_*.txt; expected at least one part")
+        places, counts, self.categories, self.has_images = [], [], {}, False
+        for number, path in enumerate(self.files):
+            offset = 0
+            with open(path, "rb") as file:
+                for row, line in enumerate(file, 1):
+                    columns = line.rstrip(b"\r\n").split(b"\t")
+                    if len(columns) != 11:
+                        raise BadInput(f"{path}:{row}: expected 11 columns by tab, found {len(columns)}")
+                    places.append((number, row, offset))
+                    offset += len(line)
+                    # A row whose box list is [] was never annotated: no detector may learn from it that nothing is there.
+                    annotated = columns[2].strip() not in (b"", b"[]")
+                    counts.append((columns[1].count(b",") + 1) * annotated)
+                    self.has_images |= bool(columns[3].strip())
+                    if columns[5].strip():
+                        try:
+                            self.categories[int(columns[5])] = columns[6].decode()
+                        except ValueError:
+                            raise BadInput(f"{path}:{row}: category id: expected a whole number, "
+                                           f"found {columns[5][:40]!r}") from None
+        self.places = np.array(places, np.int64).reshape(-1, 3)
+        self.frame_counts = np.array(counts, np.int64)          # annotated frames of each clip
+        self.categories = dict(sorted(self.categories.items()))
+
+    def _read_test(self):
+        def table(name):
+            path = (self._files(f"{self.split}_{name}_*.txt") or [None])[0]
+            if path is None:
+                raise BadInput(f"{self.root}/annotations: no {self.split}_{name}_*.txt")
+            rows = [line.split("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            for row, fields in enumerate(rows, 1):
+                _safe_id(fields[0], f"{path}:{row}: id")
+            return {fields[0]: fields[1].strip() if len(fields) > 1 else "" for fields in rows}
+
+        def mapping(name):
+            path = (self._files(f"{self.split}_{name}_*.json") or [None])[0]
+            try:
+                value = json.loads(path.read_text(encoding="utf-8")) if path else {}
+            except ValueError as error:
+                raise BadInput(f"{path}: not JSON: {error}") from None
+            if not isinstance(value, dict):
+                raise BadInput(f"{path}: expected an object {{id: ...}}, found {type(value).__name__}")
+            return value, path
+
+        self.asr, self.titles = table("videoid_asr"), table("image_title")
+        self.positives, positives_path = mapping("videoid_to_gtimage")
+        self.galleries, galleries_path = mapping("liveid_to_gallery")
+        for path, lists in ((positives_path, self.positives), (galleries_path, self.galleries)):
+            for key, ids in lists.items():
+                for image_id in ids:
+                    _safe_id(image_id, f"{path}: {key}")
+        self.truth, self.truth_path = mapping("frameid2gtbox")
+        self.kinds, _ = mapping("frameid2kind")
+        self.video_ids = list(self.asr)
+        self.members = {(name, value): set(path.read_text().split()) for name, values in SPLITS.items() for value in values
+                        for path in self._files(f"{self.split}_{name}_{value}.txt")}
+        frames, source = {video_id: [] for video_id in self.video_ids}, self.truth
+        if not source and (self.root / "frames").is_dir():      # data without boxes: the folder says which frames exist
+            source = [Path(name).stem for _, _, names in os.walk(self.root / "frames") for name in names]
+        for frame_id in source:
+            _safe_id(frame_id, f"{self.truth_path}: frame id")
+            frames.get(frame_id.rsplit("-", 1)[0], []).append(frame_id)
+        self.frames = {v: sorted(ids, key=lambda f: int(f.rsplit("-", 1)[1])) for v, ids in frames.items()}
+        self.frame_counts = np.array([len(self.frames[v]) * bool(self.truth) for v in self.video_ids], np.int64)
+
+    def clip(self, i):
+        """Clip i, parsed from its row (train) or put together from the test files."""
+        if self.split != "train":
+            video_id = self.video_ids[i]
+            frame_ids = self.frames[video_id]
+            boxes = [_boxes(self.truth[f], -1, f"{self.truth_path}: {f}") for f in frame_ids] if self.truth else None
+            images = self.positives.get(video_id, [])
+            return Clip(video_id, frame_ids, boxes, images, self.titles.get(images[0], "") if images else "",
+                        self.asr[video_id], [self.kinds[f] for f in frame_ids] if self.kinds else None)
+        number, row, offset = self.places[i]
+        where = f"{self.files[number]}:{row}"
+        with open(self.files[number], "rb") as file:
+            file.seek(offset)
+            try:
+                columns = file.readline().decode("utf-8").rstrip("\r\n").split("\t")
+            except UnicodeDecodeError:
+                raise BadInput(f"{where}: expected UTF-8 text") from None
+        _safe_id(columns[0], f"{where}: video_id")
+        frame_ids = [_safe_id(f, f"{where}: frame_id list") for f in _literal(columns[1], f"{where}: frame_id list")]
+        boxes = _literal(columns[2] or "[]", f"{where}: box list") or None
+        if boxes is not None and len(boxes) != len(frame_ids):
+            raise BadInput(f"{where}: {len(frame_ids)} frames but {len(boxes)} entries in the box list")
+        if boxes is not None:
+            category = int(columns[5]) if columns[5].strip() else -1
+            boxes = [_boxes(entry, category, f"{where}: box list, frame {t}") for t, entry in enumerate(boxes)]
+        images = [_safe_id(columns[3], f"{where}: image_id")] if columns[3].strip() else []
+        return Clip(columns[0], frame_ids, boxes, images, columns[4].strip(), columns[7].strip())
+
+    def read(self, folder, name):
+        """The picture `name` of frames/ or images/ as uint8 [3,H,W]; BadInput when it is missing or broken."""
+        base = self.root / folder
+        for path in (base / f"{name}.jpg", base / f"{name}.png", base / name[:2] / f"{name}.jpg", base / name[:2] / f"{name}.png"):
+            if path.exists():
+                try:
+                    return torchvision.io.decode_image(torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB)
+                except RuntimeError:
+                    raise BadInput(f"{path}: not a readable JPEG or PNG") from None
+        raise BadInput(f"{base}/{name}.jpg: missing (nor .png, nor under {name[:2]}/)")
+
+
+def even_frames(count, frames):
+    """At most `frames` positions in a clip of `count` frames, at even intervals (supplement, section 2.2)."""
+    return [int((i + 0.5) * count / frames) for i in range(frames)] if count > frames else list(range(count))
+
+
+# ------------------------------------------------------------------ text
+
+
+def train_tokenizer(texts, vocab=2000):
+    """A sentencepiece model (its bytes) of the training texts; b"" when there is no text at all."""
+    import sentencepiece
+    texts = [t for t in texts if t]
+    if not texts:
+        return b""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab, hard_vocab_limit=False, pad_id=3,
+        input_sentence_size=500_000, num_threads=1, minloglevel=2)
+    return model.getvalue()
+
+
+class Tokenizer:
+    """Text -> token ids [length]: a start token, the text's pieces, padding (0). Empty text is the start token alone."""
+
+    def __init__(self, model, length=24):
+        import sentencepiece
+        self.length = length
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
+        self.vocab = 2 + (self.pieces.get_piece_size() if model else 0)
+
+    def __call__(self, text):
+        ids = self.pieces.encode(text)[: self.length - 1] if self.pieces else []
+        return torch.tensor([1] + [i + 2 for i in ids] + [0] * (self.length - 1 - len(ids)))
+
+
+# ------------------------------------------------------------------ samples: what a detector sees
+
+
+class DetectionSet(Dataset):
+    """Frames with their boxes, `frames` at a time: 1 for SD (an item a frame), more for MD (an item a clip).
+
+    categories: raw category id -> class. shortest: (lowest, highest, step) of the shortest side, drawn per item in
+    training (supplement, section 2.2), the highest in evaluation; longest: limit of the longest side, in pixels.
+    An item is asked for by (epoch, i): its augmentation is a function of (seed, epoch, i) alone. It holds
+        frames  T x uint8 [3,h,w]     boxes_cxcywh  T x [M,4], 0..1     labels  T x [M]     size  T x (w, h) on disk
+        clip  its number in the split     position  T x int, place of the frame in the clip
+    In evaluation a clip of more than `frames` frames makes several items that interleave, so each spans the clip.
+    """
+
+    def __init__(self, lives, categories, frames, shortest, longest, train, seed=0, every_frame=True):
+        self.lives, self.categories, self.frames = lives, {c: k for k, c in enumerate(categories)}, frames
+        self.shortest, self.longest, self.train, self.seed = shortest, longest, train, seed
+        if train and frames == 1:                    # item i is the frame whose clip the running count of frames finds
+            self.ends = np.cumsum(lives.frame_counts)
+            self.items = range(int(self.ends[-1]) if len(self.ends) else 0)
+        elif train:
+            self.items = np.flatnonzero(lives.frame_counts)
+        else:
+            self.items = [(c, part, parts) for c in range(len(lives)) for parts in [self._parts(c, every_frame)]
+                          for part in range(parts)]
+        if train and not len(self.items):
+            raise BadInput(f"{lives.root}: no training clip has boxes, so no detector can be trained on it")
+
+    def _parts(self, c, every_frame):
+        count = int(self.lives.frame_counts[c])
+        return max(1, math.ceil(count / self.frames)) if every_frame else 1
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        epoch, i = key
+        if self.train and self.frames == 1:
+            c = int(np.searchsorted(self.ends, i, side="right"))
+            clip = self.lives.clip(c)
+            positions = [i - int(self.ends[c]) + int(self.lives.frame_counts[c])]
+        elif self.train:
+            c = int(self.items[i])
+            clip = self.lives.clip(c)
+            positions = even_frames(len(clip.frame_ids), self.frames)
+        else:
+            c, part, parts = self.items[i]
+            clip = self.lives.clip(c)
+            count = len(clip.frame_ids)
+            positions = list(range(count))[part::parts] if parts > 1 else even_frames(count, self.frames)
+        rng = np.random.default_rng((self.seed, epoch, i))
+        low, high, step = self.shortest
+        side = low + step * int(rng.integers((high - low) // step + 1)) if self.train else high
+        flip = self.train and rng.random() < 0.5
+        item = {"frames": [], "boxes_cxcywh": [], "labels": [], "size": [], "clip": c, "position": positions}
+        for t in positions:
+            image = self.lives.read("frames", clip.frame_ids[t])                      # [3,h,w]
+            height, width = image.shape[1:]
+            scale = min(side / min(height, width), self.longest / max(height, width))
+            new = max(1, round(height * scale)), max(1, round(width * scale))
+            image = TF.resize(image, new, antialias=True) if new != (height, width) else image
+            boxes, labels = self._targets(clip.boxes[t] if clip.boxes else np.zeros((0, 5)), width, height)
+            if flip:
+                image = image.flip(2)
+                boxes[:, 0] = 1 - boxes[:, 0]
+            item["frames"].append(image)
+            item["boxes_cxcywh"].append(boxes)
+            item["labels"].append(labels)
+            item["size"].append((width, height))
+        return item
+
+    def _targets(self, rows, width, height):
+        """Pixel boxes [M,5] -> cxcywh in 0..1 [M,4], clipped to the picture, and classes [M]; what lies outside goes."""
+        xyxy = torch.as_tensor(rows[:, :4]) / torch.tensor([width, height, width, height])
+        xyxy = xyxy.clamp(0, 1).float()
+        kept = ((xyxy[:, 2:] - xyxy[:, :2]) > 0).all(1)
+        unknown = [c for c in rows[:, 4] if c >= 0 and c not in self.categories]
+        if unknown:
+            raise BadInput(f"{self.lives.root}: category {int(unknown[0])} of {self.lives.split} is not among the "
+                           f"training categories {list(self.categories)[:40]}")
+        labels = torch.tensor([self.categories.get(int(c), 0) for c in rows[:, 4]], dtype=torch.long)
+        centre, extent = (xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]
+        return torch.cat([centre, extent], 1)[kept], labels[kept]
+
+
+def collate_detection(items, multiple=16):
+    """Items -> frames uint8 [B,T,3,H,W], padding [B,T,H,W] (True = padded), valid [B,T] (False = no such frame),
+    boxes_cxcywh [B,T,M,4], labels [B,T,M] (-1: no box), size [B,T,2] (w, h on disk), clip [B], position [B,T] (-1)."""
+    T = max(len(item["frames"]) for item in items)
+    M = max([1] + [len(labels) for item in items for labels in item["labels"]])
+    H, W = (multiple * math.ceil(max(f.shape[d] for item in items for f in item["frames"]) / multiple) for d in (1, 2))
+    B = len(items)
+    batch = {"frames": torch.zeros(B, T, 3, H, W, dtype=torch.uint8), "padding": torch.ones(B, T, H, W, dtype=torch.bool),
+             "valid": torch.zeros(B, T, dtype=torch.bool), "boxes_cxcywh": torch.zeros(B, T, M, 4),
+             "labels": torch.full((B, T, M), -1), "size": torch.ones(B, T, 2),
+             "clip": torch.tensor([item["clip"] for item in items]), "position": torch.full((B, T), -1)}
+    for b, item in enumerate(items):
+        for t, image in enumerate(item["frames"]):
+            batch["frames"][b, t, :, :image.shape[1], :image.shape[2]] = image
+            batch["padding"][b, t, :image.shape[1], :image.shape[2]] = False
+            batch["valid"][b, t] = True
+            n = len(item["labels"][t])
+            batch["boxes_cxcywh"][b, t, :n] = item["boxes_cxcywh"][t]
+            batch["labels"][b, t, :n] = item["labels"][t]
+            batch["size"][b, t] = torch.tensor(item["size"][t])
+            batch["position"][b, t] = item["position"][t]
+    return batch
+
+
+def to_float(pixels, statistics, padding=None):
+    """uint8 pictures [...,3,H,W] -> normalised float; padded pixels are 0, as DETR has them."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in statistics)
+    pixels = (pixels.float() / 255 - mean) / std
+    return pixels if padding is None else pixels.masked_fill(padding.unsqueeze(-3), 0)
+
+
+# ------------------------------------------------------------------ samples: what RICE sees
+
+
+def true_boxes(lives):
+    """The annotated boxes in the form in which predicted ones are stored (see eval.predict_boxes): the first box of
+    each frame; frames without one are left out, so that a clip is seen through the frames that show its product."""
+    start, position, boxes = [0], [], []
+    for c in range(len(lives)):
+        for t, rows in enumerate(lives.clip(c).boxes or []):
+            if len(rows):
+                position.append(t)
+                boxes.append([*rows[0, :4], 1.0, rows[0, 4]])
+        start.append(len(position))
+    return {"start": np.array(start), "position": np.array(position, int), "box": np.array(boxes, np.float32).reshape(-1, 6)}
+
+
+def square_view(image, box_xyxy, side, margin=1.15):
+    """The square around a pixel box (a little larger than it), resized: uint8 [3,H,W] -> [3,S,S]; outside is black."""
+    x1, y1, x2, y2 = (float(v) for v in box_xyxy)
+    half = max(4.0, max(x2 - x1, y2 - y1) * margin) / 2
+    left, top, size = round((x1 + x2) / 2 - half), round((y1 + y2) / 2 - half), round(2 * half)
+    return TF.resize(TF.crop(image, top, left, size, size), (side, side), antialias=True)
+
+
+class PairSet(Dataset):
+    """Clips with their shop image and texts, as RICE sees them.
+
+    boxes: {"start" [clips+1], "position" [F], "box" [F,6]} = the detected boxes (x1 y1 x2 y2 in pixels, score, class) of
+    clip c at rows start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" the whole frame and
+    which patches the box touches, "box" the square around the box. Training draws `frames` of the clip's frames,
+    evaluation takes `frames` at even intervals. An item is asked for by (epoch, i) and holds
+        frames uint8 [T,3,S,S]   keep [T,P] bool   image uint8 [3,S,S]   product  the image's id as an integer   live
+        asr [N]   title [N]   clip  its number in the split
+    """
+
+    def __init__(self, lives, tokenizer, frames, size, grid, view, boxes, train, seed=0):
+        if boxes is None and view != "frame":
+            raise BadInput(f"--view {view} needs boxes; without a detector use --view frame")
+        self.lives, self.tokenizer, self.frames, self.size, self.grid = lives, tokenizer, frames, size, grid
+        self.view, self.boxes, self.train, self.seed = view, boxes, train, seed
+        self.images, self.image_number = [], {}
+        if train:
+            self.clips, self.products, self.live_of = [], [], []
+            for c in range(len(lives)):
+                clip = lives.clip(c)
+                if clip.image_ids:
+                    self.clips.append(c)
+                    self.products.append(self.image_number.setdefault(clip.image_ids[0], len(self.image_number)))
+                    self.live_of.append(clip.live_id)
+            if not self.clips:
+                raise BadInput(f"{lives.root}: no training clip names a shop image, so RICE cannot be trained on it")
+        else:
+            self.clips = list(range(len(lives)))
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, key):
+        epoch, i = key
+        c = self.clips[i]
+        clip = self.lives.clip(c)
+        rng = np.random.default_rng((self.seed, epoch, i))
+        if not clip.frame_ids:
+            raise BadInput(f"{self.lives.root}: clip {clip.video_id} has no frames")
+        rows = range(self.boxes["start"][c], self.boxes["start"][c + 1]) if self.boxes else []
+        positions = [int(self.boxes["position"][r]) for r in rows] or list(range(len(clip.frame_ids)))
+        if self.train and len(positions) > self.frames:
+            chosen = sorted(rng.choice(len(positions), self.frames, replace=False))
+        else:
+            chosen = even_frames(len(positions), self.frames)
+        views, keep = [], []
+        for j in chosen:
+            image = self.lives.read("frames", clip.frame_ids[positions[j]])
+            box = self.boxes["box"][rows[j], :4] if len(rows) else (0, 0, image.shape[2], image.shape[1])
+            view, kept = self._view(image, box, rng)
+            views.append(self._augment(view, rng))
+            keep.append(kept)
+        item = {"frames": views, "keep": keep, "asr": self.tokenizer(clip.asr), "title": self.tokenizer(clip.title), "clip": c}
+        if self.train:
+            image = self.lives.read("images", clip.image_ids[0])
+            item["image"] = self._augment(TF.resize(image, (self.size, self.size), antialias=True), rng)
+            item["product"] = self.products[i]
+        return item
+
+    def _view(self, image, box, rng):
+        """One frame through its box: uint8 [3,S,S] and which of the P patches the box touches [P]."""
+        height, width = image.shape[1:]
+        if self.view == "box":
+            shift = rng.uniform(-0.06, 0.06, 2) * (box[2] - box[0], box[3] - box[1]) if self.train else (0, 0)
+            moved = (box[0] + shift[0], box[1] + shift[1], box[2] + shift[0], box[3] + shift[1])
+            return square_view(image, moved, self.size), torch.ones(self.grid * self.grid, dtype=torch.bool)
+        edges = torch.arange(self.grid + 1) / self.grid
+        touch_x = (edges[:-1] < box[2] / width) & (edges[1:] > box[0] / width)                     # [grid]
+        touch_y = (edges[:-1] < box[3] / height) & (edges[1:] > box[1] / height)                   # [grid]
+        kept = (touch_y[:, None] & touch_x[None, :]).flatten()                                     # [P]
+        whole = TF.resize(image, (self.size, self.size), antialias=True)
+        return whole, kept if self.view == "mask" and kept.any() else torch.ones_like(kept)
+
+    def _augment(self, view, rng):
+        if not self.train:
+            return view
+        if rng.random() < 0.5:
+            view = view.flip(2)
+        light = torch.from_numpy(rng.uniform(0.85, 1.15) * rng.uniform(0.95, 1.05, (3, 1, 1))).float()
+        return (view * light).clamp(0, 255).to(torch.uint8)
+
+
+class ImageSet(Dataset):
+    """Shop images of a test split, each once: image uint8 [3,S,S], title [N], number = its place in `ids`."""
+
+    def __init__(self, lives, tokenizer, size):
+        self.lives, self.tokenizer, self.size = lives, tokenizer, size
+        self.ids = sorted({i for ids in [*lives.galleries.values(), *lives.positives.values()] for i in ids})
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, key):
+        image_id = self.ids[key[1]]
+        image = TF.resize(self.lives.read("images", image_id), (self.size, self.size), antialias=True)
+        return {"image": image, "title": self.tokenizer(self.lives.titles.get(image_id, "")), "number": key[1]}
+
+
+def collate_pairs(items):
+    """Items of PairSet or ImageSet -> the same names with a batch axis; frames [B,T,3,S,S], keep [B,T,P], valid [B,T]."""
+    batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items])
+             for name in items[0] if name not in ("frames", "keep")}
+    if "frames" in items[0]:
+        T = max(len(item["frames"]) for item in items)
+        for name in ("frames", "keep"):
+            batch[name] = torch.stack([torch.stack(item[name] + item[name][:1] * (T - len(item[name]))) for item in items])
+        batch["valid"] = torch.stack([torch.arange(T) < len(item["frames"]) for item in items])
+    return batch
+
+
+# ------------------------------------------------------------------ order
+
+
+def shuffled(count):
+    """Order of one epoch: a permutation of the samples."""
+    return lambda rng: rng.permutation(count)
+
+
+def live_by_live(live_of, per_live):
+    """Order of one epoch for RICE: groups of `per_live` clips of one live, so that a batch holds same-shop negatives."""
+    lives = {}
+    for i, live in enumerate(live_of):
+        lives.setdefault(live, []).append(i)
+
+    def order(rng):
+        groups = []
+        for members in lives.values():
+            members = rng.permutation(members)
+            groups += [members[k:k + per_live] for k in range(0, len(members), per_live)]
+        return np.concatenate([groups[g] for g in rng.permutation(len(groups))])
+    return order
+
+
+class StepSampler:
+    """Batches of (epoch, i) from step `start` to `steps`, a function of (seed, step): a resumed run goes on mid-epoch.
+
+    order(rng) -> the samples of one epoch. `batch` counts samples over all processes; this rank gets its share of each.
+    """
+
+    def __init__(self, order, batch, steps, start=0, seed=0, rank=0, world=1):
+        self.order, self.batch, self.steps, self.start, self.seed = order, batch, steps, start, seed
+        self.rank, self.world = rank, world
+
+    def __len__(self):
+        return self.steps - self.start
+
+    def __iter__(self):
+        share = self.batch // self.world
+        epoch, done, order = 0, 0, self.order(np.random.default_rng((self.seed, 0)))
+        for step in range(self.start, self.steps):
+            mine = []
+            for place in range(step * self.batch + self.rank * share, step * self.batch + (self.rank + 1) * share):
+                while place - done >= len(order):
+                    done, epoch = done + len(order), epoch + 1
+                    order = self.order(np.random.default_rng((self.seed, epoch)))
+                mine.append((epoch, int(order[place - done])))
+            yield mine
+
+
+class ShardSampler:
+    """Evaluation: every sample once over all processes, no padding and nothing left out, `batch` at a time."""
+
+    def __init__(self, count, batch, rank=0, world=1):
+        mine = range(rank, count, world)
+        self.batches = [[(0, i) for i in mine[k:k + batch]] for k in range(0, len(mine), batch)]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+# ------------------------------------------------------------------ rendered livestreams
+#
+# A live: a salesperson before a shelf of products of the same shop. A clip is about one intended product. Each frame is
+# staged in one of five kinds. In "two held" and "table" frames one picture cannot tell which product is meant; the
+# other products change from frame to frame and the intended one stays, so time tells. Decoys are drawn from all products
+# of the live, those of the intended product's own category included.
+
+KINDS = {"held": 0.40, "two held": 0.26, "table": 0.20, "occluded": 0.14}      # share of the frames that show the product
+ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}                                    # frames of 8 without it -> share of clips
+SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}     # of the frame's side -> a third of clips each
+SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                        # products behind -> a third of clips each
+LOOKALIKE = 0.4       # share of products that copy another of their live but for one detail (logo, or pattern)
+BLUR = 0.15           # share of frames with motion blur
+WRONG_WORDS = 0.10    # share of ASR words misheard (the paper measured 90.16 % right)
+QUICKSTART = ("trousers", "hat", "sneaker", "handbag", "suitcase", "bottle", "umbrella", "plate")
+
+# A category is drawn from a few shapes in percent of a square: E ellipse, R rounded box, P polygon, C pie, L line and
+# A arc (last number: width), each in colour 0 (the product's main one, with its pattern), 1 (second) or 2 (dark).
+CATEGORIES = {
+    "trousers": "P0 26 4 74 4 84 96 58 96 50 36 42 96 16 96|R1 26 4 74 13",
+    "hat": "E0 2 58 98 86|P0 26 68 33 20 67 20 74 68|P1 27 68 29 54 71 54 73 68",
+    "sneaker": "P0 6 36 32 28 54 52 94 62 94 76 6 76|R1 4 73 96 86|L2 40 38 50 46 4|L2 34 36 46 52 4",
+    "handbag": "A1 28 4 72 68 180 360 7|P0 12 36 88 36 96 94 4 94|R1 40 34 60 54",
+    "suitcase": "A2 36 2 64 36 180 360 6|R0 16 18 84 90|L1 34 18 34 90 5|L1 66 18 66 90 5|E2 20 86 32 98|E2 68 86 80 98",
+    "bottle": "R1 41 2 59 18|P0 42 18 58 18 70 36 70 97 30 97 30 36|R1 30 56 70 76",
+    "umbrella": "L2 50 50 50 92 5|A2 50 82 68 98 0 180 5|C0 2 6 98 98 180 360|L1 50 6 50 52 3",
+    "plate": "E0 2 14 98 86|E1 24 32 76 68",
+    "shirt": "P0 32 8 68 8 98 30 86 50 74 40 74 94 26 94 26 40 14 50 2 30|P1 42 8 58 8 50 22",
+    "dress": "P0 36 4 64 4 62 40 92 96 8 96 38 40|R1 37 38 63 46",
+    "skirt": "P0 30 14 70 14 96 88 4 88|R1 29 10 71 20",
+    "coat": "P0 32 4 68 4 98 60 84 66 76 40 78 97 22 97 24 40 16 66 2 60|L1 50 6 50 97 4|E2 54 40 60 46|E2 54 60 60 66",
+    "sock": "P0 34 4 66 4 66 56 90 76 84 92 64 94 34 70|R1 33 4 67 18",
+    "glove": "P0 30 96 30 52 14 40 22 30 34 42 36 8 46 8 48 36 52 4 62 6 60 38 68 12 76 14 72 60 68 96|R1 29 84 69 96",
+    "scarf": "R0 30 4 50 96|R0 48 4 72 70|L1 30 88 50 88 4|L1 48 62 72 62 4|R0 26 4 76 24",
+    "tie": "P0 40 4 60 4 56 18 68 76 50 98 32 76 44 18|L1 40 12 60 12 4",
+    "belt": "A0 6 26 94 84 0 360 12|R1 38 72 62 92|R2 44 77 56 87",
+    "boot": "P0 28 4 62 4 62 56 92 72 94 86 26 86|R2 24 84 95 95|R1 27 4 63 15",
+    "sandal": "P0 6 66 94 66 96 80 4 80|L1 20 66 48 30 8|L1 76 66 48 30 8|R2 4 78 96 86",
+    "watch": "R0 38 2 62 98|E1 24 26 76 74|E2 32 34 68 66|L1 50 50 50 38 3|L1 50 50 60 54 3",
+    "ring": "A0 16 26 84 96 0 360 10|P1 50 2 68 18 50 36 32 18",
+    "necklace": "A0 10 -40 90 80 0 180 7|P1 50 66 64 82 50 98 36 82",
+    "glasses": "A0 2 30 44 72 0 360 8|A0 56 30 98 72 0 360 8|L0 42 48 58 48 6|E1 10 38 36 64|E1 64 38 90 64",
+    "lipstick": "R2 34 58 66 98|R0 36 36 64 60|P1 40 36 40 14 60 4 60 36",
+    "cream jar": "R0 12 36 88 92|R1 10 16 90 40",
+    "perfume": "R0 16 38 84 96|R2 42 26 58 40|E1 36 4 64 30",
+    "mug": "A0 58 30 96 76 270 90 9|R0 12 16 72 92|L1 12 26 72 26 5",
+    "teapot": "A0 70 30 98 76 270 90 7|P0 26 60 2 30 10 26 36 44|E0 18 30 82 92|E1 40 20 60 36",
+    "pan": "R2 58 44 99 56|E0 2 20 66 82|E1 14 32 54 70",
+    "lamp": "P0 32 4 68 4 92 52 8 52|R2 46 52 54 88|E1 28 84 72 97",
+    "pillow": "R0 4 20 96 80|A1 10 26 90 74 0 360 3",
+    "racket": "R2 45 54 55 98|A0 22 2 78 62 0 360 7|L1 50 4 50 60 2|L1 24 32 76 32 2",
+    "phone": "R0 26 2 74 98|R2 31 12 69 84|E1 45 87 55 96",
+    "book": "R0 14 6 86 94|L1 24 6 24 94 7|R1 40 22 78 40",
+}
+PATTERNS = ("plain", "striped", "barred", "slanted", "dotted", "checked")
+LOGOS = {"": "", "star": "P0 50 0 62 38 100 38 70 60 80 98 50 74 20 98 30 60 0 38 38 38", "disc": "E0 5 5 95 95",
+         "cross": "R0 35 0 65 100|R0 0 35 100 65", "triangle": "P0 50 2 98 94 2 94", "bar": "R0 0 32 100 68"}
+HUES = ("red", "orange", "yellow", "lime", "green", "teal", "blue", "violet", "purple", "pink")
+CHATTER = ("hello everybody welcome to my live|look at this|it feels so good|the price today is crazy|just for you|"
+           "please follow the channel|only a few left|I use it every day myself|my mother loves it|order now and save|"
+           "link number five below|how are you all tonight|we ship tomorrow|let me show you again|see the quality").split("|")
+
+
+def _colour(hue, saturation, value):
+    return tuple(int(255 * c) for c in (lambda k: [value - value * saturation * max(0, min(1, x, 4 - x))
+                 for x in ((n + hue * 6) % 6 for n in (5, 3, 1))])(0))
+
+
+def _shapes(code, side):
+    """The masks of a drawing, in order: (colour number, L picture)."""
+    for shape in filter(None, code.split("|")):
+        kind, slot, *numbers = shape[0], int(shape[1]), *(int(n) for n in shape[2:].split())
+        mask = Image.new("L", (side, side))
+        draw, xy = ImageDraw.Draw(mask), [n * side / 100 for n in numbers]
+        if kind == "E":
+            draw.ellipse(xy, fill=255)
+        elif kind == "R":
+            draw.rounded_rectangle(xy, side * 0.05, fill=255)
+        elif kind == "P":
+            draw.polygon(xy, fill=255)
+        elif kind == "C":
+            draw.pieslice(xy[:4], numbers[4], numbers[5], fill=255)
+        elif kind == "L":
+            draw.line(xy[:4], fill=255, width=round(xy[4]))
+        elif kind == "A":
+            draw.arc(xy[:4], numbers[4], numbers[5], fill=255, width=round(xy[6]))
+        yield slot, mask
+
+
+def _pattern(name, base, second, side):
+    """A square filled with a pattern: RGB picture."""
+    y, x = np.mgrid[:side, :side] / side
+    on = {"plain": np.zeros_like(x, bool), "striped": y * 7 % 1 < 0.4, "barred": x * 7 % 1 < 0.4,
+          "slanted": (x + y) * 6 % 1 < 0.4, "checked": (x * 5 % 1 < 0.5) ^ (y * 5 % 1 < 0.5),
+          "dotted": (x * 6 % 1 - 0.5) ** 2 + (y * 6 % 1 - 0.5) ** 2 < 0.09}[name]
+    return Image.fromarray(np.where(on[..., None], np.uint8(second), np.uint8(base)))
+
+
+def _product(rng, categories, weights):
+    hue = int(rng.integers(len(HUES)))
+    return {"category": str(rng.choice(categories, p=weights)), "hue": hue, "shade": rng.uniform(0.65, 1, 2).tolist(),
+            "drift": rng.uniform(-0.03, 0.03), "second": rng.random(), "pattern": str(rng.choice(PATTERNS, p=[.4] + [.12] * 5)),
+            "pattern_hue": rng.random(), "logo": str(rng.choice(list(LOGOS))), "aspect": rng.uniform(0.85, 1.18)}
+
+
+def _lookalike(rng, product):
+    """The same product but for one detail."""
+    twin, detail = dict(product), str(rng.choice(["logo", "pattern"]))
+    twin[detail] = str(rng.choice([v for v in (LOGOS if detail == "logo" else PATTERNS) if v != product[detail]]))
+    return twin
+
+
+def _sprite(product, side=192):
+    """The product's picture, RGBA, cut to its outline."""
+    main = _colour((product["hue"] / len(HUES) + product["drift"]) % 1, *product["shade"])
+    fills = [_pattern(product["pattern"], main, _colour(product["pattern_hue"], 0.25, 0.95), side),
+             _colour(product["second"], 0.7, 0.75), (52, 48, 52)]
+    sprite, body = Image.new("RGBA", (side, side)), Image.new("L", (side, side))
+    for slot, mask in _shapes(CATEGORIES[product["category"]], side):
+        fill = Image.new("RGB", (side, side), fills[slot]) if slot else fills[0]
+        sprite.paste(fill, mask=mask)
+        body.paste(255 if slot == 0 else 0, mask=mask)
+    if product["logo"]:                                            # where the main colour leaves most room
+        room = np.asarray(body.filter(ImageFilter.BoxBlur(side // 9)))
+        y, x = np.unravel_index(int(room.argmax()), room.shape)
+        for _, mask in _shapes(LOGOS[product["logo"]], side // 4):
+            sprite.paste((250, 250, 245), (int(x) - side // 8, int(y) - side // 8), mask)
+    sprite = sprite.reduce(2)
+    sprite = sprite.crop(sprite.getchannel("A").getbbox())
+    return sprite.resize((max(1, round(sprite.width * product["aspect"])), sprite.height))
+
+
+def _title(rng, product):
+    words = [str(rng.choice(["new", "original", "classic", "hot", "premium"])), HUES[product["hue"]],
+             product["pattern"] if product["pattern"] != "plain" else "", product["category"],
+             f"with {product['logo']}" if product["logo"] else "", str(rng.choice(["free shipping", "sale", "2026", "gift"]))]
+    return " ".join(w for w in words if w)
+
+
+def _asr(rng, product):
+    """What the salesperson says, as a machine heard it: chatter, now and then the product, one word in ten wrong."""
+    said = [str(s) for s in rng.choice(CHATTER, 3, replace=False)]
+    name = [HUES[product["hue"]]] * (rng.random() < 0.5) + [product["pattern"]] * (rng.random() < 0.3)
+    name += [product["category"]] * (rng.random() < 0.6)
+    said.insert(int(rng.integers(4)), " ".join(name))
+    words = " ".join(said).split()
+    heard = [str(rng.choice([*HUES, *CATEGORIES, *" ".join(CHATTER).split()])) if rng.random() < WRONG_WORDS else w for w in words]
+    return " ".join(heard)
+
+
+def _place(canvas, sprite, rng, x, y, size, tilt=20):
+    """Paste a product with its centre at (x, y), its longer side `size` pixels; returns its box, hands not counted."""
+    scale = size / max(sprite.size)
+    squeeze = rng.uniform(0.88, 1.0)
+    view = sprite.resize((max(3, round(sprite.width * scale * squeeze)), max(3, round(sprite.height * scale))))
+    view = view.rotate(rng.uniform(-tilt, tilt), Image.Resampling.BILINEAR, expand=True)
+    left, top = round(x - view.width / 2), round(y - view.height / 2)
+    canvas.paste(view, (left, top), view)
+    x1, y1, x2, y2 = view.getchannel("A").point(lambda a: 255 * (a > 40)).getbbox()
+    return [max(0, left + x1), max(0, top + y1), min(canvas.width, left + x2), min(canvas.height, top + y2)]
+
+
+def _backdrop(rng, sprites, others, side, shelf):
+    """Wall, shelf and table behind one clip, larger than a frame so that the camera can move."""
+    big = round(side * 1.15)
+    wall, table = _colour(rng.random(), 0.2, rng.uniform(0.5, 0.95)), _colour(rng.random(), 0.25, rng.uniform(0.35, 0.8))
+    scene = Image.new("RGB", (big, big), wall)
+    draw = ImageDraw.Draw(scene)
+    board = big * 0.24
+    draw.rectangle([0, board, big, board + big * 0.02], fill=tuple(c // 2 for c in wall))
+    for n, other in enumerate(rng.choice(others, shelf, replace=False) if shelf else []):
+        size = big * rng.uniform(0.12, 0.17)
+        _place(scene, sprites[other], rng, big * (n + 0.5 + rng.uniform(-0.1, 0.1)) / shelf, board - size * 0.5, size, tilt=4)
+    draw.rectangle([0, big * 0.80, big, big], fill=table)
+    return scene
+
+
+def _frame(rng, scene, sprites, product, others, kind, size, look, side):
+    """One frame of a clip: RGB picture and the intended product's box (None when it is absent)."""
+    pan = rng.integers(0, scene.width - side + 1, 2)
+    frame = scene.crop((int(pan[0]), int(pan[1]), int(pan[0]) + side, int(pan[1]) + side))
+    draw, u = ImageDraw.Draw(frame), side / 100
+    lean = rng.uniform(-6, 6) * u
+    skin, shirt, hair = look
+    middle = 50 * u + lean
+    draw.rounded_rectangle([middle - 20 * u, 44 * u, middle + 20 * u, 104 * u], 9 * u, fill=shirt)
+    draw.rectangle([middle - 4 * u, 36 * u, middle + 4 * u, 47 * u], fill=skin)
+    draw.ellipse([middle - 11 * u, 12 * u, middle + 11 * u, 42 * u], fill=hair)
+    draw.ellipse([middle - 9 * u, 17 * u, middle + 9 * u, 41 * u], fill=skin)
+    hands = [[middle - rng.uniform(18, 30) * u, rng.uniform(50, 68) * u], [middle + rng.uniform(18, 30) * u, rng.uniform(50, 68) * u]]
+    for sign, hand in zip((-1, 1), hands):
+        elbow = [middle + sign * 27 * u, 72 * u]
+        draw.line([middle + sign * 16 * u, 50 * u, *elbow], fill=shirt, width=round(9 * u))
+        draw.line([*elbow, *hand], fill=skin, width=round(6 * u))
+    side_of = int(rng.integers(2))                                     # which hand is drawn anew in each frame: no place to learn
+
+    def hold(which, hand, amount):
+        box = _place(frame, sprites[which], rng, hand[0], hand[1] - 0.12 * amount * side, amount * side)
+        for finger in range(3):
+            fx, fy = hand[0] + (finger - 1) * 4 * u, hand[1] + 4 * u
+            draw.ellipse([fx - 2.2 * u, fy - 4 * u, fx + 2.2 * u, fy + 4 * u], fill=skin)
+        return box
+
+    box = None
+    if kind == "two held":
+        hold(rng.choice(others), hands[1 - side_of], size * rng.uniform(0.9, 1.1))
+    if kind in ("held", "two held", "occluded"):
+        box = hold(product, hands[side_of], size * rng.uniform(0.92, 1.08))
+        if kind == "occluded":                                          # a palm over a third to a half of the product
+            x, y = rng.uniform(box[0], box[2]), rng.uniform(box[1], box[3])
+            reach = size * side * rng.uniform(0.22, 0.3)
+            draw.ellipse([x - reach, y - reach * 0.8, x + reach, y + reach * 0.8], fill=skin)
+    elif kind == "table" or rng.random() < 0.5:
+        lying = list(rng.choice(others, int(rng.integers(2, 4)), replace=False)) + [product] * (kind == "table")
+        places = rng.permutation(len(lying))
+        for which, place in zip(lying, places):
+            x = side * (place + 0.5 + rng.uniform(-0.08, 0.08)) / len(lying)
+            drawn = _place(frame, sprites[which], rng, x, side * rng.uniform(0.80, 0.86), side * min(size, 0.30) * rng.uniform(0.8, 0.95), tilt=12)
+            box = drawn if which == product else box
+    light = rng.uniform(0.75, 1.15) * rng.uniform(0.94, 1.06, 3)
+    frame = frame.point([min(255, int(v * c)) for c in light for v in range(256)])
+    if rng.random() < BLUR:
+        moved = Image.blend(frame, frame.transform(frame.size, Image.Transform.AFFINE, (1, 0, rng.uniform(1, 3), 0, 1, rng.uniform(-1, 1))), 0.5)
+        frame = moved.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
+    return frame, box
+
+
+def _kinds(rng, frames):
+    """How each frame of a clip is staged: at least two frames show the product held, so that the clip has an answer."""
+    absent = round(rng.choice(list(ABSENT), p=list(ABSENT.values())) * frames / 8)
+    shown = [str(k) for k in rng.choice(list(KINDS), max(0, frames - absent - 2), p=list(KINDS.values()))]
+    return [str(k) for k in rng.permutation(["held"] * min(2, frames) + shown + ["absent"] * min(absent, frames - 2))]
+
+
+def _render_live(job):
+    """Render one live into the folder; returns its rows (dicts). A function of (seed, split, number) alone."""
+    root, split, number, options = job
+    side, frames = options["size"], options["frames"]
+    rng = np.random.default_rng((options["seed"], ("train", "val", "test").index(split), number))
+    names = list(QUICKSTART) + [c for c in CATEGORIES if c not in QUICKSTART]
+    names = names[:options["categories"]]
+    weights = np.arange(1, len(names) + 1) ** -0.5                       # the long tail
+    count = options["products"] if split == "train" else options["gallery"]
+    products = []
+    for _ in range(count):
+        copy = products and rng.random() < LOOKALIKE
+        products.append(_lookalike(rng, products[int(rng.integers(len(products)))]) if copy else _product(rng, names, weights / weights.sum()))
+    sprites = [_sprite(p) for p in products]
+    live = "-".join(f"{int(v):0{w}x}" for v, w in zip(rng.integers(0, [2 ** 32, 2 ** 16, 2 ** 16, 2 ** 16]), (8, 4, 4, 4)))
+    rows, image_ids, titles = [], [], []
+    for p, sprite in zip(products, sprites):
+        image_ids.append(f"{int(rng.integers(10 ** 12)):012d}")
+        titles.append(_title(rng, p))
+        picture = Image.new("RGB", (side, side), (rng.integers(235, 256),) * 3)
+        _place(picture, sprite, rng, side / 2, side / 2, side * rng.uniform(0.78, 0.9), tilt=3)
+        picture.save(root / "images" / f"{image_ids[-1]}.jpg", quality=90)
+    chosen = list(rng.permutation(count)) + list(rng.integers(0, count, max(0, options["clips"] - count) if split == "train" else 0))
+    look = (_colour(0.07, rng.uniform(0.25, 0.6), rng.uniform(0.5, 0.95)), _colour(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.3, 0.9)),
+            _colour(0.08, 0.5, rng.uniform(0.1, 0.5)))
+    start = 1667916000000 + number * 86400000
+    for product in chosen:
+        product = int(product)
+        others = [o for o in range(count) if o != product]
+        scale, crowd = str(rng.choice(list(SIZES))), str(rng.choice(list(SHELF)))
+        low, high = SHELF[crowd]
+        scene = _backdrop(rng, sprites, others, side, int(rng.integers(low, high + 1)))
+        size, kinds = rng.uniform(*SIZES[scale]), _kinds(rng, frames)
+        video_id = f"{live}-{start}-{start + frames * 1000}"
+        start += frames * 1000 + 30000
+        row = {"video_id": video_id, "frame_ids": [f"{video_id}-{t:04d}" for t in range(frames)], "boxes": [], "kinds": kinds,
+               "image_id": image_ids[product], "title": titles[product], "category": list(CATEGORIES).index(products[product]["category"]),
+               "name": products[product]["category"], "asr": _asr(rng, products[product]), "scale": scale, "number": crowd}
+        for frame_id, kind in zip(row["frame_ids"], kinds):
+            picture, box = _frame(rng, scene, sprites, product, others, kind, size, look, side)
+            picture.save(root / "frames" / f"{frame_id}.jpg", quality=85)
+            row["boxes"].append(box or [])
+        visible = sum(bool(b) for b in row["boxes"]) / frames
+        row["duration"] = "short" if visible < 0.7 else "medium" if visible < 1 else "long"
+        rows.append(row)
+    return split, live, rows, image_ids, titles
+
+
+def render(root, seed=0, lives=72, val_lives=4, test_lives=10, products=24, clips=28, gallery=50, frames=8, size=96,
+           categories=len(QUICKSTART), processes=None, progress=True):
+    """Render livestreams into `root` (LPR4M's layout), deterministic in the seed whatever the number of processes.
+
+    Training lives show `products` products in `clips` clips; val and test lives one clip for each of their `gallery`
+    products. Products of different lives are different ones. Nothing is left behind when it is interrupted.
+    """
+    root, work = Path(root), Path(f"{root}.rendering")
+    if root.exists():
+        raise BadInput(f"{root} exists; render into another folder or remove it first")
+    shutil.rmtree(work, ignore_errors=True)
+    for folder in ("annotations", "frames", "images"):
+        (work / folder).mkdir(parents=True)
+    options = {"seed": seed, "products": products, "clips": clips, "gallery": gallery, "frames": frames, "size": size, "categories": categories}
+    jobs = [(work, split, n, options) for split, count in (("train", lives), ("val", val_lives), ("test", test_lives)) for n in range(count)]
+    total = frames * (lives * max(clips, products) + (val_lives + test_lives) * gallery)
+    done = {"train": [], "val": [], "test": []}
+    with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool, \
+            tqdm(total=total, unit="frame", desc=f"render {root}", disable=not progress) as bar:
+        for split, *live in pool.imap(_render_live, jobs):
+            done[split].append(live)
+            bar.update(sum(len(row["frame_ids"]) for row in live[1]))
+    notes = work / "annotations"
+    with open(notes / "training_videoinfo_part_00.txt", "w", encoding="utf-8") as file:
+        for row in (row for _, rows, _, _ in done["train"] for row in rows):
+            file.write("\t".join([row["video_id"], json.dumps(row["frame_ids"]), json.dumps(row["boxes"]), row["image_id"],
+                                  row["title"], str(row["category"]), row["name"], row["asr"], row["scale"], row["duration"], row["number"]]) + "\n")
+    for split in ("val", "test"):
+        rows = [row for _, live_rows, _, _ in done[split] for row in live_rows]
+        texts = [(i, t) for _, _, ids, titles in done[split] for i, t in zip(ids, titles)]
+        pairs = [(row, f, b, k) for row in rows for f, b, k in zip(row["frame_ids"], row["boxes"], row["kinds"])]
+        files = {f"videoid_asr_{len(rows)}.txt": "".join(f"{r['video_id']}\t{r['asr']}\n" for r in rows),
+                 f"image_title_{len(texts)}.txt": "".join(f"{i}\t{t}\n" for i, t in texts),
+                 f"videoid_to_gtimage_{len(rows)}.json": json.dumps({r["video_id"]: [r["image_id"]] for r in rows}),
+                 f"frameid2gtbox_{len(pairs)}.json": json.dumps({f: [[*b, r["category"]]] if b else [] for r, f, b, _ in pairs}),
+                 f"liveid_to_gallery_{len(done[split])}.json": json.dumps({live: ids for live, _, ids, _ in done[split]}),
+                 f"frameid2kind_{len(pairs)}.json": json.dumps({f: k for _, f, _, k in pairs})}
+        files |= {f"{name}_{value}.txt": "".join(f"{r['video_id']}\n" for r in rows if r[name] == value)
+                  for name, values in SPLITS.items() for value in values}
+        for name, text in files.items():
+            (notes / f"{split}_{name}").write_text(text, encoding="utf-8")
+    work.rename(root)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Livestream data in the LPR4M layout.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "render", help="render livestreams with boxes, shop images, titles and ASR", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.add_argument("dir", help="folder to write; must not exist")
+    for name, default, text in (
+            ("seed", 0, "the same seed gives the same files"), ("lives", 72, "training lives"), ("val-lives", 4, "validation lives"),
+            ("test-lives", 10, "test lives"), ("products", 24, "products of a training live"), ("clips", 28, "clips of a training live"),
+            ("gallery", 50, "products (and clips) of a val or test live"), ("frames", 8, "frames of a clip, one a second"),
+            ("size", 96, "side of a frame in pixels"), ("categories", 8, f"how many of the {len(CATEGORIES)} categories; the first 8 are {', '.join(QUICKSTART)}"),
+            ("processes", os.cpu_count(), "processes that render")):
+        command.add_argument(f"--{name}", type=int, default=default, help=text)
+    options = vars(parser.parse_args(argv))
+    del options["command"]
+    try:
+        if not 1 <= options["categories"] <= len(CATEGORIES) or min(options["frames"], options["products"], options["gallery"]) < 4:
+            raise BadInput(f"--categories is 1 to {len(CATEGORIES)}; --frames, --products and --gallery are at least 4")
+        render(options.pop("dir"), **options)
+    except BadInput as error:
+        sys.exit(_complain(error))
+
+
+def _complain(error):
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()
