@@ -1,0 +1,620 @@
+"""The detectors of the supplement, section 2: SD (one frame), MD (a clip), their matching and their loss.
+
+    image [B,3,H,W] -> backbone -> encoder -> memory [B,S,C] -> decoder: N anchor boxes ask the memory, layer by layer
+                    -> logits [L,B,N,K], boxes [L,B,N,4]                                                          SD
+    clip [B,T,3,H,W] -> frozen SD on each frame -> for k in (80, 50, 30): keep the k best queries of each frame,
+                       let all T*k of them attend to each other, ask the own frame's memory, score again
+                    -> logits [B,T,k,K], boxes [B,T,k,4] of each step; the best of the last is the answer              MD
+
+Letters: B images or clips, T frames, N queries (anchors), k queries kept, K classes, L decoder layers, C channels,
+H W pixels, h w feature map, S = h*w memory tokens, M boxes of a frame. Boxes are (cx, cy, w, h) in 0..1 of the picture
+without its padding. Masks are True where there is nothing: padded pixels, padded tokens.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FrozenBatchNorm2d, box_convert, sigmoid_focal_loss
+
+# ------------------------------------------------------------------ positions
+
+
+def inverse_sigmoid(x, eps=1e-3):
+    """Logit of x in 0..1, clamped; eps is DAB-DETR's, so boxes within 0.001 of the border move as theirs do."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def sine(position, channels, temperature):
+    """Angles [...] -> sine embedding [..., channels]: sin and cos in turn, wavelengths 2*pi .. 2*pi*temperature."""
+    power = 2 * (torch.arange(channels, device=position.device) // 2) / channels
+    angle = position[..., None] / temperature ** power                                           # [..., channels]
+    return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-2)         # [..., channels]
+
+
+def sine_image(padding, channels):
+    """Position of every memory token: padding [B,h,w] -> [B,h,w,C], y in the first half and x in the second.
+
+    The image's temperature is 20 (DAB-DETR's choice: tokens are few and coarse); the anchors' is 10000, as in DETR.
+    """
+    y, x = (~padding).cumsum(1, dtype=torch.float32), (~padding).cumsum(2, dtype=torch.float32)  # [B,h,w]
+    y, x = y / (y[:, -1:] + 1e-6) * 2 * math.pi, x / (x[:, :, -1:] + 1e-6) * 2 * math.pi         # [B,h,w]
+    return torch.cat([sine(y, channels // 2, 20), sine(x, channels // 2, 20)], -1)               # [B,h,w,C]
+
+
+def sine_anchor(anchors, channels):
+    """Anchor boxes [...,4] (cx, cy, w, h in 0..1) -> [..., 2C], in the order y, x, w, h."""
+    return torch.cat([sine(anchors[..., i] * 2 * math.pi, channels // 2, 10000) for i in (1, 0, 2, 3)], -1)
+
+
+# ------------------------------------------------------------------ transformer
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them (the name `layers.N` is the public checkpoint's)."""
+
+    def __init__(self, inputs, hidden, outputs, layers):
+        super().__init__()
+        sizes = [inputs] + [hidden] * (layers - 1) + [outputs]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def attend(query, key, value, heads, padding=None):
+    """Multi-head attention after its projections: query [B,Q,E], key [B,S,E], value [B,S,C], padding [B,S] -> [B,Q,C]."""
+    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))  # [B,heads,.,.]
+    allowed = None if padding is None else ~padding[:, None, None]                                   # [B,1,1,S]
+    return F.scaled_dot_product_attention(query, key, value, allowed).transpose(1, 2).flatten(2)     # [B,Q,C]
+
+
+def beside(content, position, heads):
+    """Content and position of each head side by side: [B,N,C], [B,N,C] -> [B,N,2C], so their products add, unmixed."""
+    return torch.cat([x.unflatten(-1, (heads, -1)) for x in (content, position)], -1).flatten(-2)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention over the memory tokens, position in query and key only, and a feed-forward net; post-norm."""
+
+    def __init__(self, dim, heads, ffn):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.linear1, self.linear2 = nn.Linear(dim, ffn), nn.Linear(ffn, dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.activation = nn.PReLU()
+
+    def forward(self, x, position, padding):
+        q = x + position                                                                         # [B,S,C]
+        x = self.norm1(x + self.self_attn(q, q, x, key_padding_mask=padding, need_weights=False)[0])  # [B,S,C]
+        return self.norm2(x + self.linear2(self.activation(self.linear1(x))))                    # [B,S,C]
+
+
+class Encoder(nn.Module):
+    def __init__(self, dim, heads, ffn, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(dim, heads, ffn) for _ in range(layers))
+        self.query_scale = MLP(dim, dim, dim, 2)
+
+    def forward(self, x, position, padding):
+        for layer in self.layers:
+            x = layer(x, position * self.query_scale(x), padding)                                # [B,S,C]
+        return x
+
+
+class DecoderLayer(nn.Module):
+    """Queries attend to each other, then to the memory by content beside position, then a feed-forward net; post-norm.
+
+    Only the first layer adds the anchor's position to the content: its content still is zero (parity: DAB-DETR).
+    """
+
+    def __init__(self, dim, heads, ffn, first):
+        super().__init__()
+        self.heads, self.first = heads, first
+        self.sa_qcontent_proj, self.sa_qpos_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.sa_kcontent_proj, self.sa_kpos_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.sa_v_proj = nn.Linear(dim, dim)
+        self.self_attn = nn.ModuleDict({"out_proj": nn.Linear(dim, dim)})
+        self.ca_qcontent_proj, self.ca_qpos_sine_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        if first:
+            self.ca_qpos_proj = nn.Linear(dim, dim)
+        self.ca_kcontent_proj, self.ca_kpos_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.ca_v_proj = nn.Linear(dim, dim)
+        self.cross_attn = nn.ModuleDict({"out_proj": nn.Linear(dim, dim)})
+        self.linear1, self.linear2 = nn.Linear(dim, ffn), nn.Linear(ffn, dim)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.activation = nn.PReLU()
+
+    def forward(self, x, query_position, query_sine, memory, position, padding):
+        q = self.sa_qcontent_proj(x) + self.sa_qpos_proj(query_position)                         # [B,N,C]
+        k = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_position)                         # [B,N,C]
+        x = self.norm1(x + self.self_attn["out_proj"](attend(q, k, self.sa_v_proj(x), self.heads)))  # [B,N,C]
+        q, k = self.ca_qcontent_proj(x), self.ca_kcontent_proj(memory)                           # [B,N,C], [B,S,C]
+        k_position = self.ca_kpos_proj(position)                                                 # [B,S,C]
+        if self.first:
+            q, k = q + self.ca_qpos_proj(query_position), k + k_position                         # [B,N,C], [B,S,C]
+        q = beside(q, self.ca_qpos_sine_proj(query_sine), self.heads)                            # [B,N,2C]
+        k = beside(k, k_position, self.heads)                                                    # [B,S,2C]
+        asked = attend(q, k, self.ca_v_proj(memory), self.heads, padding)                        # [B,N,C]
+        x = self.norm2(x + self.cross_attn["out_proj"](asked))                                   # [B,N,C]
+        return self.norm3(x + self.linear2(self.activation(self.linear1(x))))                    # [B,N,C]
+
+
+class Decoder(nn.Module):
+    """Layers that refine N anchors. Anchor boxes are the queries' positions, and each layer moves them."""
+
+    def __init__(self, dim, heads, ffn, layers, box_head):
+        super().__init__()
+        self.dim = dim
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, ffn, first=i == 0) for i in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.query_scale = MLP(dim, dim, dim, 2)
+        self.ref_point_head = MLP(2 * dim, dim, dim, 2)
+        self.ref_anchor_head = MLP(dim, dim, 2, 2)
+        self.bbox_embed = box_head
+
+    def positions(self, anchors, content, scaled=True):
+        """Anchors [B,N,4] and content [B,N,C] -> query position [B,N,C] and modulated sine [B,N,C] for cross-attention.
+
+        A wide anchor looks less sharply along x: the x half is multiplied by (learned width / anchor width), y likewise.
+        """
+        embedding = sine_anchor(anchors, self.dim)                                               # [B,N,2C]
+        centre = embedding[..., :self.dim]                                                       # [B,N,C] y, x
+        if scaled:                      # the content of the first layer is zero and has nothing to say
+            centre = centre * self.query_scale(content)                                          # [B,N,C]
+        width, height = self.ref_anchor_head(content).sigmoid().unbind(-1)                       # [B,N], [B,N]
+        y, x = centre.chunk(2, -1)                                                               # [B,N,C/2] twice
+        y, x = y * (height / anchors[..., 3])[..., None], x * (width / anchors[..., 2])[..., None]
+        return self.ref_point_head(embedding), torch.cat([y, x], -1)                             # [B,N,C], [B,N,C]
+
+    def forward(self, anchors, memory, position, padding):
+        x, contents, references = torch.zeros(*anchors.shape[:2], self.dim, device=anchors.device), [], []  # [B,N,C]
+        reference = anchors                                                                      # [B,N,4]
+        for i, layer in enumerate(self.layers):
+            references.append(reference)
+            anchors = reference if i == 0 else reference.detach()                                # [B,N,4]
+            x = layer(x, *self.positions(anchors, x, scaled=i > 0), memory, position, padding)   # [B,N,C]
+            contents.append(self.norm(x))
+            # What the next layer computes with is detached; the copy its reported box starts from is not, so the next
+            # layer's loss still reaches this layer's box head ("look forward once").
+            reference = (self.bbox_embed(x) + inverse_sigmoid(anchors)).sigmoid()                # [B,N,4]
+        return torch.stack(contents), torch.stack(references)                                    # [L,B,N,C], [L,B,N,4]
+
+
+# ------------------------------------------------------------------ backbones
+
+
+class Block(nn.Module):
+    """Residual block for a backbone that starts from nothing; padded positions stay zero, so padding changes nothing.
+
+    The norm is over the channels of one position: it sees neither the batch nor the padding.
+    """
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.LayerNorm(outputs), nn.LayerNorm(outputs)
+        self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if (inputs, stride) != (outputs, 1) else nn.Identity()
+
+    def forward(self, x, here):
+        y = F.relu(channel_norm(self.norm1, self.conv1(x))) * here                               # [B,C,h,w]
+        y = channel_norm(self.norm2, self.conv2(y)) * here                                       # [B,C,h,w]
+        return F.relu(y + self.skip(x))                                                          # [B,C,h,w]
+
+
+def channel_norm(norm, x):
+    """LayerNorm over the channels of each position: [B,C,h,w] -> [B,C,h,w]."""
+    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SmallBody(nn.Module):
+    """Backbone of the tiny preset: stride 8, with stride 16 added from below. Channels 128."""
+
+    channels = 128
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 4, 4)
+        self.norm = nn.LayerNorm(32)
+        self.block4, self.block8, self.block8b = Block(32, 32, 1), Block(32, 64, 2), Block(64, 64, 1)
+        self.block16 = Block(64, 128, 2)
+        self.side = nn.Conv2d(64, 128, 1)
+
+    def forward(self, images, padding):
+        here4, here8, here16 = (~padding[:, None, ::s, ::s] for s in (4, 8, 16))                 # [B,1,h,w] each
+        x = images.contiguous(memory_format=torch.channels_last)                                 # [B,3,H,W]
+        x = F.relu(channel_norm(self.norm, self.stem(x))) * here4                                # [B,32,H/4,W/4]
+        x = self.block8b(self.block8(self.block4(x, here4), here8), here8)                       # [B,64,H/8,W/8]
+        below = self.block16(x, here16)                                                          # [B,128,H/16,W/16]
+        below = F.interpolate(below, x.shape[-2:], mode="nearest")                               # [B,128,H/8,W/8]
+        return (self.side(x) + below) * here8                                                    # [B,128,H/8,W/8]
+
+
+class Backbone(nn.Module):
+    """Pictures [B,3,H,W] and padding [B,H,W] -> feature map [B,channels,h,w]: "small", or a torchvision ResNet's C5.
+
+    The ResNet's batch norm is frozen, and so are its stem and first stage, as DETR has them.
+    """
+
+    def __init__(self, name):
+        super().__init__()
+        self.small = name == "small"
+        if self.small:
+            self.body, self.channels = SmallBody(), SmallBody.channels
+            return
+        resnet = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d)
+        self.channels = resnet.fc.in_features
+        self.body = IntermediateLayerGetter(resnet, {"layer4": "0"})
+        for part in (self.body.conv1, self.body.layer1):
+            part.requires_grad_(False)
+
+    def forward(self, images, padding):
+        return self.body(images, padding) if self.small else self.body(images)["0"]              # [B,channels,h,w]
+
+
+# ------------------------------------------------------------------ SD
+
+
+class SD(nn.Module):
+    """Single-frame detector: DAB-DETR, with the public checkpoint's parameter names (supplement, section 2.1).
+
+    images [B,3,H,W] (normalised, 0 where padded), padding [B,H,W] -> logits [L,B,N,K], boxes_cxcywh [L,B,N,4]; the last
+    layer is the answer. There is no background class: the K scores are sigmoids of their own, all low where nothing is.
+    backbone: "resnet50" (any torchvision ResNet), or "small" (stride 8, starts from nothing).
+    dense: weight of an auxiliary loss that makes each memory token inside a box tell the box's category; 0 leaves
+    it out, with its head. A detector that starts from nothing needs it: without, its queries learn where, not what.
+    """
+
+    def __init__(self, classes=34, queries=300, dim=256, heads=8, encoder_layers=6, decoder_layers=6, ffn=2048,
+                 backbone="resnet50", dense=0.0):
+        super().__init__()
+        self.dense = dense
+        box_head = MLP(dim, dim, 4, 3)
+        self.transformer = nn.ModuleDict({"encoder": Encoder(dim, heads, ffn, encoder_layers),
+                                          "decoder": Decoder(dim, heads, ffn, decoder_layers, box_head)})
+        self.class_embed, self.bbox_embed = nn.Linear(dim, classes), box_head
+        self.refpoint_embed = nn.Embedding(queries, 4)
+        self.backbone = nn.ModuleList([Backbone(backbone)])
+        self.input_proj = nn.Conv2d(self.backbone[0].channels, dim, 1)
+        if dense:
+            self.dense_embed = nn.Linear(dim, classes)
+        self.register_load_state_dict_pre_hook(_share_box_head)
+        self._initialise(heads)
+
+    def _initialise(self, heads):
+        for parameter in self.transformer.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for head in (self.class_embed, self.dense_embed) if self.dense else (self.class_embed,):
+            nn.init.constant_(head.bias, -math.log(99))          # every score starts at 0.01 (focal loss's prior)
+        for value in (self.bbox_embed.layers[-1].weight, self.bbox_embed.layers[-1].bias):
+            nn.init.zeros_(value)                                # a layer starts by leaving its anchor where it is
+        side = math.ceil(math.sqrt(len(self.refpoint_embed.weight)))
+        place = (torch.arange(side) + 0.5) / side
+        grid = torch.cartesian_prod(place, place)[:len(self.refpoint_embed.weight)]
+        self.refpoint_embed.weight.data = inverse_sigmoid(torch.cat([grid, torch.full_like(grid, 0.3)], 1))
+        attend_near_the_anchor(self.transformer["decoder"], heads)
+
+    def features(self, images, padding):
+        """-> contents [L,B,N,C], boxes [L,B,N,4], memory [B,S,C], position [B,S,C], padding [B,S]."""
+        feature = self.backbone[0](images, padding)                                              # [B,channels,h,w]
+        padding = F.interpolate(padding[:, None].float(), feature.shape[-2:])[:, 0].bool()       # [B,h,w]
+        position = sine_image(padding, self.input_proj.out_channels).flatten(1, 2)               # [B,S,C]
+        tokens, padding = self.input_proj(feature).flatten(2).transpose(1, 2), padding.flatten(1)   # [B,S,C], [B,S]
+        memory = self.transformer["encoder"](tokens, position, padding)                          # [B,S,C]
+        anchors = self.refpoint_embed.weight.sigmoid().expand(len(images), -1, -1)               # [B,N,4]
+        contents, references = self.transformer["decoder"](anchors, memory, position, padding)   # [L,B,N,C], [L,B,N,4]
+        boxes = (self.bbox_embed(contents) + inverse_sigmoid(references)).sigmoid()              # [L,B,N,4]
+        return contents, boxes, memory, position, padding
+
+    def forward(self, images, padding):
+        contents, boxes, *_ = self.features(images, padding)                                     # [L,B,N,C], [L,B,N,4]
+        return self.class_embed(contents), boxes                                                 # [L,B,N,K], [L,B,N,4]
+
+    def loss(self, batch):
+        """A batch of collate_detection (frames as normalised floats) -> the loss and its terms for the log."""
+        frames, padding, labels, boxes = (batch[name].flatten(0, 1) for name in ("frames", "padding", "labels", "boxes_cxcywh"))
+        contents, predicted, memory, _, token_padding = self.features(frames, padding)
+        loss, terms = detection_loss(self.class_embed(contents), predicted, labels, boxes)
+        if self.dense:
+            dense = self._dense_loss(memory, token_padding, padding, labels, boxes)
+            loss, terms = loss + self.dense * dense, terms | {"dense": dense.detach()}
+        return loss, terms
+
+    def _dense_loss(self, memory, token_padding, padding, labels, boxes):
+        """Focal loss of the tokens' categories: memory [B,S,C]; positive in the middle 70 % of a box."""
+        h = round(math.sqrt(memory.shape[1] * padding.shape[1] / padding.shape[2]))
+        w = memory.shape[1] // h
+        real = (~padding).float()
+        extent = torch.stack([real.amax(1).sum(1), real.amax(2).sum(1)], -1)                      # [B,2] width, height
+        place = torch.cartesian_prod((torch.arange(h, device=memory.device) + 0.5) / h,
+                                     (torch.arange(w, device=memory.device) + 0.5) / w).flip(-1)  # [S,2] x, y
+        place = place * torch.tensor(padding.shape[:0:-1], device=memory.device) / extent[:, None]  # [B,S,2] of the picture
+        inside = ((place[:, :, None] - boxes[:, None, :, :2]).abs() < 0.35 * boxes[:, None, :, 2:]).all(-1)  # [B,S,M]
+        inside = inside & (labels >= 0)[:, None]                                                 # [B,S,M]
+        logits = self.dense_embed(memory)                                                        # [B,S,K]
+        target = torch.zeros_like(logits).scatter_reduce(
+            2, labels.clamp(min=0)[:, None].expand(inside.shape), inside.to(logits.dtype), "amax")  # [B,S,K]
+        loss = sigmoid_focal_loss(logits.float(), target.float(), 0.25, 2)[~token_padding].sum()
+        return loss / share_of_all(target.sum())
+
+
+def _share_box_head(model, state, prefix, *_):
+    """The decoder's box head is the model's own; a checkpoint may hold either name or both."""
+    for key in [key for key in state if key.startswith(f"{prefix}bbox_embed.")]:
+        state.setdefault(f"{prefix}transformer.decoder.{key[len(prefix):]}", state[key])
+
+
+def attend_near_the_anchor(decoder, heads, gain=2.0):
+    """Initialise cross-attention so that a query looks around its anchor from the first step.
+
+    The positional projections of query and key become (gain times) a choice of sine pairs, such that each head holds
+    pairs of equal wavelength on both sides: their product is then greatest where token and anchor coincide. Anchors and
+    tokens have different temperatures, so pair p of an anchor meets pair p * log(10000) / log(20) of a token.
+    """
+    half, per_head = decoder.dim // 2, decoder.dim // heads // 4
+    usable = [p for p in range(half // 2) if round(p * math.log(10000, 20)) < half // 2][:6]
+    for layer in decoder.layers:
+        q, k = torch.zeros(decoder.dim, decoder.dim), torch.zeros(decoder.dim, decoder.dim)
+        row = 0
+        for head in range(heads):
+            for axis in (0, half):
+                for j in range(per_head):
+                    p = usable[(head + j) % len(usable)]
+                    for part in (0, 1):                                              # sin, cos
+                        q[row, axis + 2 * p + part] = k[row, axis + 2 * round(p * math.log(10000, 20)) + part] = gain
+                        row += 1
+        layer.ca_qpos_sine_proj.weight.data, layer.ca_kpos_proj.weight.data = q, k
+    nn.init.zeros_(decoder.query_scale.layers[-1].weight)
+    nn.init.ones_(decoder.query_scale.layers[-1].bias)
+
+
+# ------------------------------------------------------------------ MD
+
+
+class TemporalLayer(nn.Module):
+    """Queries of all frames attend to each other: self-attention, cross-attention to the same set as it came in, FFN.
+
+    tokens [B,Q,C], others [B,R,C], padding [B,R] -> [B,Q,C]. Parameter names are TransVOD Lite's (norm2 comes first).
+    """
+
+    def __init__(self, dim, heads, ffn):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.cross_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.linear1, self.linear2 = nn.Linear(dim, ffn), nn.Linear(ffn, dim)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, tokens, others, own_padding=None, padding=None):
+        x = self.self_attn(tokens, tokens, tokens, key_padding_mask=own_padding, need_weights=False)[0]  # [B,Q,C]
+        x = self.norm2(tokens + x)                                                               # [B,Q,C]
+        x = self.norm1(x + self.cross_attn(x, others, others, key_padding_mask=padding, need_weights=False)[0])  # [B,Q,C]
+        return self.norm3(x + self.linear2(F.relu(self.linear1(x))))                             # [B,Q,C]
+
+
+def keep_best(logits, k, *tensors):
+    """The k queries of each frame with the highest class score: logits [...,N,K], tensors [...,N,C] -> [...,k,C] each."""
+    best = logits.amax(-1).topk(min(k, logits.shape[-2]), dim=-1).indices                        # [...,k]
+    return [x.gather(-2, best[..., None].expand(*best.shape, x.shape[-1])) for x in tensors]
+
+
+class TTMStep(nn.Module):
+    """One step of the TTM: all frames' queries attend to each other, then to their own frame's memory, then are scored.
+
+    queries [B,T,k,C], boxes [B,T,k,4] (SD's), memory [B*T,S,C] -> queries [B,T,k,C], logits [B,T,k,K], boxes [B,T,k,4]
+    """
+
+    def __init__(self, classes, dim, heads, ffn):
+        super().__init__()
+        self.temporal = TemporalLayer(dim, heads, ffn)
+        self.frame = DecoderLayer(dim, heads, ffn, first=False)
+        self.class_embed, self.bbox_embed = nn.Linear(dim, classes), MLP(dim, dim, 4, 3)
+        nn.init.constant_(self.class_embed.bias, -math.log(99))
+        for value in (self.bbox_embed.layers[-1].weight, self.bbox_embed.layers[-1].bias):
+            nn.init.zeros_(value)                                                # start from SD's boxes
+
+    def forward(self, queries, boxes, positions, memory, position, padding, absent):
+        k = queries.shape[2]
+        x, absent = queries.flatten(1, 2), absent.repeat_interleave(k, 1)                        # [B,T*k,C], [B,T*k]
+        x = self.temporal(x, x, absent, absent).reshape(-1, k, x.shape[-1])                      # [B*T,k,C]
+        x = self.frame(x, *positions(boxes.flatten(0, 1), x), memory, position, padding)         # [B*T,k,C]
+        x = x.reshape(queries.shape)                                                             # [B,T,k,C]
+        return x, self.class_embed(x), (self.bbox_embed(x) + inverse_sigmoid(boxes)).sigmoid()
+
+
+class MD(nn.Module):
+    """Multi-frame detector: a frozen SD and the TTM, TransVOD Lite's SeqHQM (supplement, section 2.1).
+
+    frames [B,T,3,H,W], padding [B,T,H,W], valid [B,T] (False: no such frame) -> logits and boxes_cxcywh, lists of
+    [B,T,k,K] and [B,T,k,4] per step, and the one box of each frame [B,T,4]. k is capped at SD's number of queries.
+    A clip of one frame attends to that frame alone (the T = 1 control).
+    """
+
+    def __init__(self, sd, steps=(80, 50, 30)):
+        super().__init__()
+        self.sd, self.steps = sd.requires_grad_(False).eval(), tuple(steps)
+        layer = sd.transformer["decoder"].layers[0]
+        shape = sd.class_embed.out_features, sd.class_embed.in_features, layer.heads, layer.linear1.out_features
+        self.ttm = nn.ModuleList(TTMStep(*shape) for _ in self.steps)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.sd.eval()                          # the frozen detector stays as it was trained, whatever the mode
+        return self
+
+    def single(self, frames, padding):
+        """SD on every frame: contents [B,T,N,C], logits [B,T,N,K], boxes [B,T,N,4] and memory, position, padding [B*T,S,.]."""
+        with torch.no_grad():
+            contents, boxes, *memory = self.sd.features(frames.flatten(0, 1), padding.flatten(0, 1))
+            logits = self.sd.class_embed(contents[-1])                                           # [B*T,N,K]
+        return *(x.unflatten(0, frames.shape[:2]) for x in (contents[-1], logits, boxes[-1])), memory
+
+    def temporal(self, queries, logits, boxes, memory, valid):
+        """The TTM on what `single` gave: -> logits [B,T,k,K] and boxes [B,T,k,4] of each step, as two lists."""
+        all_logits, all_boxes = [], []
+        for k, step in zip(self.steps, self.ttm):
+            # Selected with each step's own scores, but the box each query refines is always the one SD gave it.
+            queries, boxes = keep_best(logits, k, queries, boxes)                                # [B,T,k,C], [B,T,k,4]
+            queries, logits, refined = step(queries, boxes, self.sd.transformer["decoder"].positions, *memory, ~valid)
+            all_logits.append(logits)
+            all_boxes.append(refined)
+        return all_logits, all_boxes
+
+    def forward(self, frames, padding, valid):
+        padding = padding & valid[..., None, None]        # a frame that is not there is all padding: no key would be left
+        *single, memory = self.single(frames, padding)
+        logits, boxes = self.temporal(*single, memory, valid)                                    # S x [B,T,k,.]
+        return logits, boxes, pick(logits[-1], boxes[-1])[0]                                     # [B,T,4]
+
+    def loss(self, batch):
+        """A batch of collate_detection (frames as normalised floats) -> the loss and its terms, every step supervised."""
+        logits, boxes, _ = self(batch["frames"], batch["padding"], batch["valid"])
+        labels, targets, valid = (batch[name].flatten(0, 1) for name in ("labels", "boxes_cxcywh", "valid"))
+        losses = [detection_loss(l.flatten(0, 1)[None], b.flatten(0, 1)[None], labels, targets, valid) for l, b in zip(logits, boxes)]
+        return sum(loss for loss, _ in losses), losses[-1][1]
+
+
+def pick(logits, boxes):
+    """The intended product of each frame: the box of the highest class score (supplement, section 2.1).
+
+    logits [...,N,K], boxes [...,N,4] -> box [...,4], score [...] in 0..1, category [...].
+    """
+    score, best = logits.flatten(-2).sigmoid().max(-1)                                           # [...], [...]
+    query, category = best // logits.shape[-1], best % logits.shape[-1]
+    return boxes.gather(-2, query[..., None, None].expand(*query.shape, 1, 4)).squeeze(-2), score, category
+
+
+# ------------------------------------------------------------------ matching
+
+
+def assign(cost):
+    """Minimum-cost assignment: cost [N,M] -> rows [min(N,M)], cols [min(N,M)], rows ascending; total cost is least.
+
+    Shortest augmenting paths: rows are added one at a time; a Dijkstra search over columns, with costs made
+    non-negative by the potentials u and v, finds the cheapest way to make room for the new row. O(min^2 * max).
+    cost: a tensor (any device) or an array, finite; ValueError when it is not.
+    """
+    table = np.asarray(cost.detach().cpu() if torch.is_tensor(cost) else cost, np.float64)
+    if not np.isfinite(table).all():
+        raise ValueError("assign: the cost matrix is not finite")
+    turned = table.shape[0] > table.shape[1]
+    table = table.T if turned else table
+    n, m = table.shape
+    u, v, row_of = np.zeros(n), np.zeros(m), np.full(m, -1)
+    for new in range(n):
+        distance, before, open_ = np.full(m, np.inf), np.full(m, -1), np.ones(m, bool)
+        row, col, reached = new, -1, 0.0
+        while True:
+            through = reached + table[row] - u[row] - v
+            better = open_ & (through < distance)
+            distance[better], before[better] = through[better], col
+            col = int(np.where(open_, distance, np.inf).argmin())
+            reached, open_[col] = distance[col], False
+            if row_of[col] < 0:
+                break
+            row = row_of[col]
+        closed = ~open_
+        closed[col] = False
+        u[new] += reached
+        u[row_of[closed]] += reached - distance[closed]
+        v[closed] -= reached - distance[closed]
+        while before[col] >= 0:
+            row_of[col], col = row_of[before[col]], before[col]
+        row_of[col] = new
+    cols = np.flatnonzero(row_of >= 0)
+    rows, cols = (cols, row_of[cols]) if turned else (row_of[cols], cols)
+    order = rows.argsort()
+    rows, cols = rows[order], cols[order]
+    return (torch.as_tensor(rows), torch.as_tensor(cols)) if torch.is_tensor(cost) else (rows, cols)
+
+
+def giou(boxes1_xyxy, boxes2_xyxy):
+    """Generalised IoU of broadcast boxes [...,4] -> [...], with DETR's 1e-6 that keeps empty boxes finite."""
+    low, high = torch.maximum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2]), torch.minimum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:])
+    outer = torch.maximum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:]) - torch.minimum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
+    area1, area2 = ((b[..., 2:] - b[..., :2]).prod(-1) for b in (boxes1_xyxy, boxes2_xyxy))
+    inner, hull = (high - low).clamp(min=0).prod(-1), outer.prod(-1)
+    union = area1 + area2 - inner
+    return inner / (union + 1e-6) - (hull - union) / (hull + 1e-6)
+
+
+def matching_cost(logits, boxes, labels, targets):
+    """Cost of giving target m to query n: 2 class + 5 L1 + 2 GIoU (DAB-DETR); the class cost is the focal loss's change.
+
+    logits [...,N,K], boxes [...,N,4], labels [...,M], targets [...,M,4] -> [...,N,M]
+    """
+    p = logits.sigmoid()
+    positive, negative = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log(), 0.75 * p ** 2 * -(1 - p + 1e-8).log()   # [...,N,K]
+    wanted = labels.clamp(min=0)[..., None, :].expand(*p.shape[:-1], labels.shape[-1])                      # [...,N,M]
+    category = (positive - negative).gather(-1, wanted)                                                     # [...,N,M]
+    distance = (boxes[..., :, None, :] - targets[..., None, :, :]).abs().sum(-1)                            # [...,N,M]
+    overlap = giou(*(box_convert(b, "cxcywh", "xyxy") for b in (boxes[..., :, None, :], targets[..., None, :, :])))
+    return 2 * category + 5 * distance - 2 * overlap                                                        # [...,N,M]
+
+
+@torch.no_grad()
+def match(logits, boxes, labels, targets):
+    """Which query stands for which target, in every layer: [L,B,M], -1 where a target is padding or finds no query.
+
+    With at most one box a frame, the usual case, this is an argmin and never leaves the device.
+    """
+    cost = matching_cost(logits, boxes, labels.expand(len(logits), *labels.shape), targets.expand(len(logits), *targets.shape))
+    if labels.shape[-1] == 1:
+        return cost.argmin(-2).where(labels >= 0, -1)                                            # [L,B,1]
+    table, real = cost.cpu(), (labels >= 0).cpu()
+    found = torch.full((*cost.shape[:2], labels.shape[-1]), -1)
+    for b in range(len(labels)):
+        columns = real[b].nonzero()[:, 0]
+        for layer in range(len(logits)) if len(columns) else ():
+            rows, cols = assign(table[layer, b][:, columns])
+            found[layer, b, columns[cols]] = rows
+    return found.to(logits.device)
+
+
+# ------------------------------------------------------------------ loss
+
+
+def share_of_all(count):
+    """The divisor of a loss summed on this process: the count over all processes, at least 1, over their number.
+
+    DDP averages the gradients of W processes. Each divides its sum by (total / W), so the average is sum / total: the
+    step that one process would take on the whole batch.
+    """
+    total, world = count.detach().float().clone(), 1
+    if dist.is_initialized():
+        dist.all_reduce(total)
+        world = dist.get_world_size()
+    return total.clamp(min=1) / world
+
+
+def detection_loss(logits, boxes, labels, targets, valid=None):
+    """Focal 1, L1 5, GIoU 2 over every layer, divided by the number of boxes over all processes (DAB-DETR).
+
+    logits [L,B,N,K], boxes [L,B,N,4], labels [B,M] (-1: no box), targets [B,M,4] cxcywh, valid [B] (False: the frame is
+    not there) -> loss, {"class", "l1", "giou"} [L] each. A frame without a box teaches every query to score low.
+    """
+    logits, boxes = logits.float(), boxes.float()
+    query = match(logits, boxes, labels, targets)                                                # [L,B,M]
+    layer, image, target = (query >= 0).nonzero(as_tuple=True)
+    chosen = layer, image, query[layer, image, target]
+    wanted = torch.zeros_like(logits)
+    wanted[(*chosen, labels[image, target])] = 1                                                 # [L,B,N,K]
+    focal = sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2)                              # [L,B,N,K]
+    focal = focal if valid is None else focal * valid[:, None, None]
+    divisor = share_of_all((labels >= 0).sum())
+    predicted, truth = boxes[chosen], targets[image, target]                                     # [matches,4]
+    l1 = (predicted - truth).abs().sum(-1)
+    apart = 1 - giou(*(box_convert(b, "cxcywh", "xyxy") for b in (predicted, truth)))
+    terms = {"class": focal.sum((1, 2, 3)), "l1": l1.new_zeros(len(logits)).index_add(0, layer, l1),
+             "giou": l1.new_zeros(len(logits)).index_add(0, layer, apart)}
+    terms = {name: value / divisor for name, value in terms.items()}
+    loss = (terms["class"] + 5 * terms["l1"] + 2 * terms["giou"]).sum()
+    return loss, {name: value.detach() for name, value in terms.items()}

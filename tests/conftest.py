@@ -1,0 +1,43 @@
+"""Shared by the tests: where the golden files are, the backbone recipe, and a tiny rendered data set (once a session)."""
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name):
+    return torch.load(GOLDEN / name, weights_only=True) if name.endswith(".pt") else np.load(GOLDEN / name)
+
+
+def recipe(body):
+    """Deterministic weights of a torchvision ResNet, the ones the golden features were made with."""
+    state = {}
+    for key, old in body.state_dict().items():
+        draw = np.random.RandomState(zlib.crc32(key.encode()))
+        shape = tuple(old.shape)
+        if key.endswith("running_mean") or key.endswith("bias"):
+            value = 0.1 * draw.standard_normal(shape)
+        elif key.endswith("running_var"):
+            value = draw.uniform(0.5, 1.5, shape)
+        elif old.dim() == 4:
+            value = draw.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+        else:
+            value = draw.uniform(0.4, 0.8, shape)
+        state[key] = torch.tensor(value, dtype=torch.float32)
+    return state
+
+
+@pytest.fixture(scope="session")
+def livestreams(tmp_path_factory):
+    """8 training clips (2 lives of 4 products), 4 validation and 4 test clips."""
+    import data
+    root = tmp_path_factory.mktemp("data") / "livestreams"
+    data.render(root, lives=2, val_lives=1, test_lives=2, products=4, clips=4, gallery=4, frames=4, size=64, processes=1, progress=False)
+    return root
