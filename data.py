@@ -51,6 +51,11 @@ class BadInput(Exception):
     """Something a user gave is wrong; its text is the one line the user sees (exit status 2)."""
 
 
+def one_line(error):
+    """The message of a BadInput, also of one that a loader process raised (torch wraps that one in its traceback)."""
+    return str(error).strip().splitlines()[-1].removeprefix("data.BadInput: ")
+
+
 # ------------------------------------------------------------------ reading the layout
 
 
@@ -929,12 +934,8 @@ def main(argv=None):
             raise BadInput(f"--categories is 1 to {len(CATEGORIES)}; --frames, --products and --gallery are at least 4")
         render(options.pop("dir"), **options)
     except BadInput as error:
-        sys.exit(_complain(error))
-
-
-def _complain(error):
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -191,28 +191,36 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------ backbones
 
 
-class Block(nn.Module):
-    """Residual block for a backbone that starts from nothing; padded positions stay zero, so padding changes nothing.
+class GroupNorm(nn.GroupNorm):
+    """Group norm that leaves padding out of its statistics, and zero: x [B,C,h,w], here [B,1,h,w] -> [B,C,h,w].
 
-    The norm is over the channels of one position: it sees neither the batch nor the padding.
+    So a picture alone and the same picture padded in a batch give the same, and nothing looks across the batch.
     """
+
+    def forward(self, x, here):
+        x, share = x * here, here.float().mean((1, 2, 3))[:, None, None]                         # [B,C,h,w], [B,1,1]
+        groups = x.flatten(2).unflatten(1, (self.num_groups, -1))                                # [B,G,C/G,h*w]
+        mean = groups.mean((2, 3))[..., None] / share                                            # [B,G,1]
+        square = groups.square().mean((2, 3))[..., None] / share                                 # [B,G,1]
+        inverse = (square - mean.square()).clamp(min=0).add(self.eps).rsqrt()                    # [B,G,1]
+        gain = self.weight.view(self.num_groups, -1) * inverse                                   # [B,G,C/G]
+        offset = self.bias.view(self.num_groups, -1) - mean * gain                               # [B,G,C/G]
+        return (x * gain.flatten(1)[..., None, None] + offset.flatten(1)[..., None, None]) * here  # [B,C,h,w]
+
+
+class Block(nn.Module):
+    """Residual block for a backbone that starts from nothing; padded positions stay zero, so padding changes nothing."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm1, self.norm2 = nn.LayerNorm(outputs), nn.LayerNorm(outputs)
+        self.norm1, self.norm2 = GroupNorm(8, outputs), GroupNorm(8, outputs)
         self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if (inputs, stride) != (outputs, 1) else nn.Identity()
 
     def forward(self, x, here):
-        y = F.relu(channel_norm(self.norm1, self.conv1(x))) * here                               # [B,C,h,w]
-        y = channel_norm(self.norm2, self.conv2(y)) * here                                       # [B,C,h,w]
-        return F.relu(y + self.skip(x))                                                          # [B,C,h,w]
-
-
-def channel_norm(norm, x):
-    """LayerNorm over the channels of each position: [B,C,h,w] -> [B,C,h,w]."""
-    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = F.relu(self.norm1(self.conv1(x), here))                                                     # [B,C,h,w]
+        return F.relu(self.norm2(self.conv2(y), here) + self.skip(x))                                 # [B,C,h,w]
 
 
 class SmallBody(nn.Module):
@@ -223,7 +231,7 @@ class SmallBody(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 32, 4, 4)
-        self.norm = nn.LayerNorm(32)
+        self.norm = GroupNorm(8, 32)
         self.block4, self.block8, self.block8b = Block(32, 32, 1), Block(32, 64, 2), Block(64, 64, 1)
         self.block16 = Block(64, 128, 2)
         self.side = nn.Conv2d(64, 128, 1)
@@ -231,7 +239,7 @@ class SmallBody(nn.Module):
     def forward(self, images, padding):
         here4, here8, here16 = (~padding[:, None, ::s, ::s] for s in (4, 8, 16))                 # [B,1,h,w] each
         x = images.contiguous(memory_format=torch.channels_last)                                 # [B,3,H,W]
-        x = F.relu(channel_norm(self.norm, self.stem(x))) * here4                                # [B,32,H/4,W/4]
+        x = F.relu(self.norm(self.stem(x), here4))                                               # [B,32,H/4,W/4]
         x = self.block8b(self.block8(self.block4(x, here4), here8), here8)                       # [B,64,H/8,W/8]
         below = self.block16(x, here16)                                                          # [B,128,H/16,W/16]
         below = F.interpolate(below, x.shape[-2:], mode="nearest")                               # [B,128,H/8,W/8]
@@ -293,8 +301,7 @@ class SD(nn.Module):
         for parameter in self.transformer.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        for head in (self.class_embed, self.dense_embed) if self.dense else (self.class_embed,):
-            nn.init.constant_(head.bias, -math.log(99))          # every score starts at 0.01 (focal loss's prior)
+        nn.init.constant_(self.class_embed.bias, -math.log(99))  # every score starts at 0.01 (focal loss's prior)
         for value in (self.bbox_embed.layers[-1].weight, self.bbox_embed.layers[-1].bias):
             nn.init.zeros_(value)                                # a layer starts by leaving its anchor where it is
         side = math.ceil(math.sqrt(len(self.refpoint_embed.weight)))
@@ -322,15 +329,15 @@ class SD(nn.Module):
     def loss(self, batch):
         """A batch of collate_detection (frames as normalised floats) -> the loss and its terms for the log."""
         frames, padding, labels, boxes = (batch[name].flatten(0, 1) for name in ("frames", "padding", "labels", "boxes_cxcywh"))
-        contents, predicted, memory, _, token_padding = self.features(frames, padding)
+        contents, predicted, memory, *_ = self.features(frames, padding)
         loss, terms = detection_loss(self.class_embed(contents), predicted, labels, boxes)
         if self.dense:
-            dense = self._dense_loss(memory, token_padding, padding, labels, boxes)
+            dense = self._dense_loss(memory, padding, labels, boxes)
             loss, terms = loss + self.dense * dense, terms | {"dense": dense.detach()}
         return loss, terms
 
-    def _dense_loss(self, memory, token_padding, padding, labels, boxes):
-        """Focal loss of the tokens' categories: memory [B,S,C]; positive in the middle 70 % of a box."""
+    def _dense_loss(self, memory, padding, labels, boxes):
+        """Cross-entropy of the category of each token in the middle 70 % of a box: memory [B,S,C] -> a number."""
         h = round(math.sqrt(memory.shape[1] * padding.shape[1] / padding.shape[2]))
         w = memory.shape[1] // h
         real = (~padding).float()
@@ -339,12 +346,9 @@ class SD(nn.Module):
                                      (torch.arange(w, device=memory.device) + 0.5) / w).flip(-1)  # [S,2] x, y
         place = place * torch.tensor(padding.shape[:0:-1], device=memory.device) / extent[:, None]  # [B,S,2] of the picture
         inside = ((place[:, :, None] - boxes[:, None, :, :2]).abs() < 0.35 * boxes[:, None, :, 2:]).all(-1)  # [B,S,M]
-        inside = inside & (labels >= 0)[:, None]                                                 # [B,S,M]
-        logits = self.dense_embed(memory)                                                        # [B,S,K]
-        target = torch.zeros_like(logits).scatter_reduce(
-            2, labels.clamp(min=0)[:, None].expand(inside.shape), inside.to(logits.dtype), "amax")  # [B,S,K]
-        loss = sigmoid_focal_loss(logits.float(), target.float(), 0.25, 2)[~token_padding].sum()
-        return loss / share_of_all(target.sum())
+        image, token, target = (inside & (labels >= 0)[:, None]).nonzero(as_tuple=True)          # [positive] each
+        logits = self.dense_embed(memory[image, token]).float()                                  # [positive,K]
+        return F.cross_entropy(logits, labels[image, target], reduction="sum") / share_of_all(labels.new_tensor(len(image)))
 
 
 def _share_box_head(model, state, prefix, *_):

@@ -1,0 +1,627 @@
+"""Evaluate a checkpoint: AP for the detectors (Table 1), rank-k for RICE (Table 2), pictures of both.
+
+    python eval.py --ckpt runs/tiny/md.pt                      the checkpoint knows its stage, data and configuration
+    python eval.py --ckpt runs/tiny/rice.pt --json rice.json
+    torchrun --nproc_per_node 8 eval.py --ckpt runs/paper/md.pt --data LPR4M
+
+Data flow:  checkpoint -> model -> one box a frame for every frame of the split -> AP
+                                -> one embedding a clip and a shop image -> similarity -> rank-k in each live's gallery
+
+Letters: Q clips (queries), M shop images, G true boxes, F frames, T frames of a clip, D embedding.
+Boxes are xyxy in pixels of the picture on disk.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader
+from torchvision.ops import box_convert
+from tqdm import tqdm
+
+import data
+import detect
+import rice
+from data import BadInput
+
+# ------------------------------------------------------------------ metrics, pure functions of arrays
+
+
+def average_precision(truth, detections):
+    """COCO's box AP: 10 IoU thresholds, 101 recall points, 100 detections an image and category, mean over categories.
+
+    truth: dict of arrays image [G], category [G], box_xyxy [G,4]; detections: the same and score [D]. Equal scores keep
+    the order of images. Give every row the same category for the class-agnostic figure. A detection matches the free
+    true box of highest IoU. Categories without a true box do not count.
+    -> AP, AP50, AP75, APsmall, APmedium, APlarge (-1 where the size has no true box), AR1, AR10, AR100, ARsmall,
+    ARmedium, ARlarge, per_category {category: AP}. No detections give 0; no true boxes at all raise ValueError.
+    """
+    t_image, t_category = np.asarray(truth["image"]), np.asarray(truth["category"])
+    t_box = np.asarray(truth["box_xyxy"], np.float64).reshape(-1, 4)
+    if not len(t_image):
+        raise ValueError("average_precision: no true box, so there is nothing to find")
+    names, t_category = np.unique(t_category, return_inverse=True)
+    d_category = np.asarray(detections["category"])
+    known = np.isin(d_category, names)
+    d_category = np.searchsorted(names, d_category[known])
+    d_image, score = np.asarray(detections["image"])[known], np.asarray(detections["score"], np.float64)[known]
+    d_box = np.asarray(detections["box_xyxy"], np.float64).reshape(-1, 4)[known]
+
+    # Boxes meet only within one image and category: sort both sides by that key, detections by score within it.
+    images = np.unique(np.concatenate([t_image, d_image]))
+    t_key = np.searchsorted(images, t_image) * len(names) + t_category
+    d_key = np.searchsorted(images, d_image) * len(names) + d_category
+    t_order, d_order = np.argsort(t_key, kind="stable"), np.lexsort((-score, d_key))
+    t_key, t_box, t_category = t_key[t_order], t_box[t_order], t_category[t_order]
+    d_key, d_box, d_category, score = d_key[d_order], d_box[d_order], d_category[d_order], score[d_order]
+    rank = np.arange(len(d_key)) - np.searchsorted(d_key, d_key)
+    d_key, d_box, d_category, score, rank = (x[rank < 100] for x in (d_key, d_box, d_category, score, rank))
+    first = np.searchsorted(t_key, d_key)
+    count = np.searchsorted(t_key, d_key, side="right") - first
+    pair_d = np.repeat(np.arange(len(d_key)), count)
+    pair_t = np.arange(len(pair_d)) - np.repeat(np.cumsum(count) - count, count) + first[pair_d]
+    t_area, d_area = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (t_box, d_box))
+    inner = (np.minimum(d_box[pair_d, 2:], t_box[pair_t, 2:]) - np.maximum(d_box[pair_d, :2], t_box[pair_t, :2])).clip(0).prod(1)
+    iou = inner / (d_area[pair_d] + t_area[pair_t] - inner)
+    by_rank = np.argsort(rank[pair_d], kind="stable")
+    pair_d, pair_t, iou = pair_d[by_rank], pair_t[by_rank], iou[by_rank]
+    rounds = np.searchsorted(rank[pair_d], np.arange(rank.max(initial=-1) + 2))
+
+    thresholds, recalls = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
+    result, per_category = {}, {}
+    for area, low, high in (("", 0, 1e10), ("small", 0, 32 ** 2), ("medium", 32 ** 2, 96 ** 2), ("large", 96 ** 2, 1e10)):
+        ignored = (t_area < low) | (t_area > high)
+        hit, skip = _greedy(pair_d, pair_t, iou, rounds, ignored, thresholds, len(d_key))
+        skip |= ~hit & ((d_area < low) | (d_area > high))
+        curves, reached = [], {1: [], 10: [], 100: []}
+        for c, name in enumerate(names):
+            total = int((~ignored & (t_category == c)).sum())
+            if total == 0:
+                continue
+            mine = np.flatnonzero(d_category == c)
+            mine = mine[np.argsort(-score[mine], kind="stable")]
+            found = hit[:, mine] & ~skip[:, mine]
+            true, false = found.cumsum(1), (~hit[:, mine] & ~skip[:, mine]).cumsum(1)
+            recall = true / total
+            precision = true / np.maximum(true + false, 1)
+            precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+            curve = np.zeros((10, 101))
+            for t in range(10):
+                at = np.searchsorted(recall[t], recalls)
+                curve[t, at < len(mine)] = precision[t, at[at < len(mine)]]
+            curves.append(curve)
+            for most, values in reached.items():
+                values.append((found & (rank[mine] < most)).sum(1) / total)
+            if not area:
+                per_category[name.item()] = float(curve.mean())
+        mean = np.array(curves)
+        result[f"AP{area}"] = float(mean.mean()) if curves else -1.0
+        if area:
+            result[f"AR{area}"] = float(np.mean(reached[100])) if curves else -1.0
+        else:
+            result |= {"AP50": float(mean[:, 0].mean()), "AP75": float(mean[:, 5].mean())}
+            result |= {f"AR{most}": float(np.mean(values)) for most, values in reached.items()}
+    return result | {"per_category": per_category}
+
+
+def _greedy(pair_d, pair_t, iou, rounds, ignored, thresholds, count):
+    """Match best detections first, all images at once: round r gives every image's r-th detection its best free box.
+
+    A box that does not count is taken only when none that counts is left. -> matched [10,D], matched to an ignored one.
+    """
+    hit, skip = np.zeros((10, count), bool), np.zeros((10, count), bool)
+    taken = np.zeros((10, len(ignored)), bool)
+    for low, high in zip(rounds, rounds[1:]):
+        d, t, overlap = pair_d[low:high], pair_t[low:high], iou[low:high]
+        starts = np.flatnonzero(np.r_[True, d[1:] != d[:-1]]) if len(d) else []
+        if not len(starts):
+            continue
+        value = np.where(~taken[:, t] & (overlap >= thresholds[:, None]), overlap + 2 * ~ignored[t], -1)   # [10,pairs]
+        best = np.maximum.reduceat(value, starts, axis=1)                                                  # [10,dets]
+        lengths = np.diff(np.r_[starts, len(d)])
+        at_best = np.where(value == np.repeat(best, lengths, axis=1), np.arange(len(d)), -1)
+        chosen = np.maximum.reduceat(at_best, starts, axis=1)                                              # [10,dets]
+        level, place = np.nonzero(best > 0)
+        box = t[chosen[level, place]]
+        taken[level, box] = True
+        hit[level, d[starts[place]]] = True
+        skip[level, d[starts[place]]] = ignored[box]
+    return hit, skip
+
+
+def rank_k(similarity, positive, gallery=None, ks=(1, 5, 10)):
+    """Share of queries with a true image among the first k of their gallery.
+
+    similarity [Q,M], positive [Q,M] bool, gallery [Q,M] bool (which images a query is compared with; None: all).
+    Ties count against us. A query without a true image in its gallery, or whose scores are not finite (no prediction), is a
+    miss; every query counts in the denominator. -> {k: fraction}
+    """
+    similarity, positive = np.asarray(similarity), np.asarray(positive, bool)
+    gallery = np.ones_like(positive) if gallery is None else np.asarray(gallery, bool)
+    known = np.isfinite(similarity)
+    best = np.where(positive & gallery & known, similarity, -np.inf).max(1, initial=-np.inf)
+    ahead = (gallery & ~positive & ~(similarity < best[:, None])).sum(1)
+    rank = np.where(np.isfinite(best), ahead, np.iinfo(np.int64).max)
+    return {k: float((rank < k).mean()) if len(rank) else 0.0 for k in ks}
+
+
+# ------------------------------------------------------------------ checkpoints and processes
+
+
+def build(config, classes, vocab):
+    """The model of a stage from its configuration (a plain dict): SD, MD or RICE."""
+    if config["stage"] == "rice":
+        vit = {name: config[name] for name in ("width", "layers", "patch", "size")}
+        return rice.RICE(vit | {"heads": config["vit_heads"], "dim": config["embedding"]}, vocab,
+                         config["n_neg"], config["negatives"], tuple(config["losses"].split(",")))
+    names = ("queries", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "backbone", "dense")
+    sd = detect.SD(classes, **{name: config[name] for name in names})
+    return sd if config["stage"] == "sd" else detect.MD(sd, tuple(int(k) for k in config["keep"].split(",")))
+
+
+def read_checkpoint(path):
+    """What train.py saved, as plain tensors and dicts; BadInput when the file is missing or something else."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such checkpoint; train it with `python train.py --stage {Path(path).stem}`")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"config", "model", "step", "categories"} - checkpoint.keys()
+    except Exception as error:             # torch.load raises whatever the broken bytes lead it to
+        raise BadInput(f"{path}: not a checkpoint of train.py ({type(error).__name__})") from None
+    if missing:
+        raise BadInput(f"{path}: not a checkpoint of train.py (no {', '.join(sorted(missing))})")
+    return checkpoint
+
+
+def restore(checkpoint, device):
+    """The model of a checkpoint, in evaluation mode."""
+    tokenizer = data.Tokenizer(bytes(checkpoint["tokenizer"].tolist())) if "tokenizer" in checkpoint else None
+    model = build(checkpoint["config"], len(checkpoint["categories"]), tokenizer and tokenizer.vocab)
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval(), tokenizer
+
+
+def pick_device():
+    """cuda (by local rank), else mps, else cpu."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def start_processes():
+    """Join torchrun's group when there is one: nccl with CUDA, gloo otherwise. -> rank, number of processes."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        pick_device()
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_rows(rows, key):
+    """Arrays of every process, joined and ordered by `key` (the sample's number): the same on any number of processes."""
+    parts = [rows]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, rows)
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in rows}
+    order = np.argsort(joined[key], kind="stable")
+    return {name: value[order] for name, value in joined.items()}
+
+
+def loader(dataset, batch, collate, workers):
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return DataLoader(dataset, batch_sampler=data.ShardSampler(len(dataset), batch, rank, world), num_workers=workers, collate_fn=collate)
+
+
+def watch(batches, text):
+    """A progress bar on the first process."""
+    return tqdm(batches, desc=text, unit="batch", leave=False, disable=dist.is_initialized() and dist.get_rank() > 0)
+
+
+# ------------------------------------------------------------------ detecting
+
+
+@torch.no_grad()
+def predict(model, config, categories, lives, device, every_frame=True):
+    """One box for every frame of a split, by SD, and when `model` is MD by MD and by MD with each frame as its own clip.
+
+    -> arrays over frames, by clip and place in it: clip [F], position [F], and "sd", "md", "md1" [F,6] = x1 y1 x2 y2 in
+    pixels of the picture on disk, score, class. every_frame=False takes only `frames` of each clip, at even intervals.
+    """
+    dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], train=False, every_frame=every_frame)
+    rows, many = {}, config["stage"] == "md"
+    for batch in watch(loader(dataset, max(1, 64 // config["frames"]), data.collate_detection, config["workers"]), f"detect {lives.split}"):
+        valid, padding = batch["valid"].to(device), batch["padding"].to(device)
+        frames = data.to_float(batch["frames"].to(device), data.IMAGENET, padding)
+        padding = padding & valid[..., None, None]
+        if many:
+            *single, memory = model.single(frames, padding)
+            answers = {"sd": single[1:], "md": tuple(x[-1] for x in model.temporal(*single, memory, valid))}
+            alone = model.temporal(*(x.flatten(0, 1)[:, None] for x in single), memory, torch.ones_like(valid).flatten()[:, None])
+            answers["md1"] = tuple(x[-1].unflatten(0, valid.shape).squeeze(2) for x in alone)
+        else:
+            logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
+            answers = {"sd": tuple(x[-1].unflatten(0, valid.shape) for x in (logits, boxes))}
+        real = batch["valid"]
+        new = {"clip": batch["clip"][:, None].expand(real.shape)[real], "position": batch["position"][real]}
+        for name, (logits, boxes) in answers.items():
+            box, score, category = (x.cpu()[real] for x in detect.pick(logits, boxes))
+            xyxy = box_convert(box, "cxcywh", "xyxy").clamp(0, 1) * batch["size"][real].repeat(1, 2)
+            new[name] = torch.cat([xyxy, score[:, None], category[:, None]], 1)
+        for name, value in new.items():
+            rows.setdefault(name, []).append(value.numpy())
+    empty = {name: np.zeros((0, 6), np.float32) for name in (("sd", "md", "md1") if many else ("sd",))}
+    rows = {name: np.concatenate(v) for name, v in rows.items()} or {"clip": np.zeros(0, int), "position": np.zeros(0, int)} | empty
+    rows["order"] = rows["clip"] * (rows["position"].max(initial=0) + 10 ** 6) + rows["position"]
+    return gather_rows(rows, "order")
+
+
+def predicted_boxes(checkpoint, lives, folder, device):
+    """`predict` on the frames that RICE looks at, kept in one file and used again while detector and data are the same."""
+    folder, mark = Path(folder), hashlib.sha256()
+    for value in checkpoint["model"].values():
+        mark.update(value.numpy().tobytes())
+    mark.update(f"{lives.root} {lives.split} {len(lives)} {checkpoint['config']['frames']}".encode())
+    path = folder / f"boxes-{lives.split}-{mark.hexdigest()[:12]}.npz"
+    if path.exists():
+        with np.load(path) as saved:
+            return dict(saved)
+    model, _ = restore(checkpoint, device)
+    rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame=lives.split != "train")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(f"{path}.part", "wb") as file:
+            np.savez(file, **rows)
+        os.replace(f"{path}.part", path)
+    return rows
+
+
+def seen_through(rows, name, clips):
+    """Rows of `predict` as PairSet wants them: {"start" [clips+1], "position" [F], "box" [F,6]}."""
+    return {"start": np.searchsorted(rows["clip"], np.arange(clips + 1)), "position": rows["position"], "box": rows[name]}
+
+
+# ------------------------------------------------------------------ Table 1
+
+PAPER_1 = {"SD": (36.6, 46.6, 39.6, 27.5, 44.8, 69.0, 23.6, 45.8, 65.4, 20.7, 21.1, 39.8),
+           "MD": (37.0, 47.1, 40.2, 27.7, 45.1, 72.7, 24.8, 47.5, 65.7, 25.1, 21.2, 40.3)}
+COLUMNS_1 = ("AP", "AP50", "AP75", *(f"{value} {name}" for name, values in data.SPLITS.items() for value in values))
+LABELS = {"sd": "SD", "md1": "MD, T = 1", "md": "MD"}
+
+
+def table(header, rows):
+    """Lines of a table whose columns line up; numbers with one decimal, a dash where there is none."""
+    cells = [[c if isinstance(c, str) else "-" if c is None or math.isnan(c) else f"{c:.1f}" for c in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells)
+
+
+def score_detections(rows, lives, categories):
+    """Table 1 of each method in `rows`: {method: {"class-agnostic": {column: percent}, "per category": ..., "kinds": ...}}."""
+    numbers = {raw: k for k, raw in enumerate(categories)}
+    frame_of = {(int(c), int(t)): f for f, (c, t) in enumerate(zip(rows["clip"], rows["position"]))}
+    image, category, box, kinds = [], [], [], np.full(len(rows["clip"]), "", object)
+    for c in np.unique(rows["clip"]):
+        clip = lives.clip(int(c))
+        for t, boxes in enumerate(clip.boxes or []):
+            f = frame_of[int(c), t]
+            for x1, y1, x2, y2, raw in boxes:
+                image.append(f), category.append(numbers.get(int(raw), -1)), box.append((x1, y1, x2, y2))
+            kinds[f] = clip.kinds[t] if clip.kinds else ""
+    image, category, box = np.array(image, int), np.array(category, int), np.array(box, np.float64).reshape(-1, 4)
+    if not len(image):
+        raise BadInput(f"{lives.root}: the {lives.split} split has no true boxes, so there is no AP; a detector is judged by boxes")
+    clip_ids = np.array([lives.video_ids[c] for c in rows["clip"]], object)
+    parts = {"all": np.ones(len(clip_ids), bool)}
+    parts |= {f"{value} {name}": np.array([v in ids for v in clip_ids], bool) for (name, value), ids in lives.members.items()}
+    results = {}
+    for method in (m for m in LABELS if m in rows):
+        found, result = rows[method], {"class-agnostic": dict.fromkeys(COLUMNS_1), "per category": dict.fromkeys(COLUMNS_1)}
+        for kind, true, guess in (("class-agnostic", np.zeros(len(image), int), np.zeros(len(found), int)), ("per category", category, found[:, 5].astype(int))):
+            if kind == "per category" and (category < 0).any():
+                continue                                             # test boxes without a category: class-agnostic only
+            for name, part in parts.items():
+                mine = part[image]
+                if mine.any():
+                    ap = average_precision({"image": image[mine], "category": true[mine], "box_xyxy": box[mine]},
+                                           {"image": np.flatnonzero(part), "category": guess[part], "box_xyxy": found[part, :4], "score": found[part, 4]})
+                    result[kind] |= {n: 100 * ap[n] for n in ("AP", "AP50", "AP75")} if name == "all" else {name: 100 * ap["AP50"]}
+        overlap = _overlaps(found[image, :4], box)
+        hit = np.zeros(len(found), bool)
+        np.logical_or.at(hit, image, overlap >= 0.5)
+        right = found[image, 5].astype(int) == category
+        shown = np.zeros(len(found), bool)
+        shown[image] = True
+        result["hit"] = 100 * hit[shown].mean()
+        result["category"] = 100 * right.mean() if (category >= 0).all() else None
+        result["kinds"] = {k: {"frames": int((kinds == k).sum()), "hit": 100 * hit[kinds == k].mean() if shown[kinds == k].any() else None,
+                               "score": 100 * found[kinds == k, 4].mean()} for k in (*data.KINDS, "absent") if (kinds == k).any()}
+        results[method] = result
+    return results, {"clips": len(lives), "frames": len(clip_ids), "boxes": len(image)}
+
+
+def _overlaps(a, b):
+    """IoU row by row: a [G,4], b [G,4] -> [G]."""
+    inner = (np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])).clip(0).prod(1)
+    return inner / np.maximum((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - inner, 1e-9)
+
+
+def show_table_1(results, counts):
+    print(f"\nTable 1, one box a frame ({counts['clips']} clips, {counts['frames']} frames, {counts['boxes']} boxes); AP50 from the fourth column on")
+    rows = [(f"{LABELS[m]}, {kind}", *r[kind].values()) for kind in ("class-agnostic", "per category") for m, r in results.items() if r[kind]["AP"] is not None]
+    print(table(("", *COLUMNS_1), rows + [(f"paper's {name}", *values) for name, values in PAPER_1.items()]))
+    kinds = results["sd"]["kinds"]
+    header = ("", "all", *kinds, "right category")
+    rows = [(LABELS[m], r["hit"], *(r["kinds"][k]["hit"] for k in kinds), r["category"]) for m, r in results.items()]
+    rows += [(f"{LABELS[m]}, mean score", None, *(r["kinds"][k]["score"] for k in kinds), None) for m, r in results.items() if kinds]
+    print("\nFrames whose box has IoU 0.5 or more, by kind of frame (%)" if kinds else "\nFrames whose box has IoU 0.5 or more (%)")
+    print(table(header, rows))
+
+
+# ------------------------------------------------------------------ Table 2
+
+PAPER_2 = {"SD": (30.6, 62.6, 73.5), "MD": (31.3, 63.2, 74.3)}
+SOURCES = {"true": "true boxes", "md": "MD boxes", "sd": "SD boxes", "none": "whole frames"}
+
+
+@torch.no_grad()
+def embed(model, dataset, device, workers, text):
+    """Embeddings and tokens of a PairSet's clips or an ImageSet's images, in the order of the set: dict of arrays."""
+    rows = {}
+    for batch in watch(loader(dataset, 64, data.collate_pairs, workers), text):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        if "frames" in batch:
+            out = model.encode_clips(data.to_float(batch["frames"], data.CLIP), batch["keep"], batch["valid"], batch["asr"])
+            new = dict(zip(("embedding", "tokens", "padding"), out), number=batch["clip"])
+            short = dataset.frames * (1 + model.visual.grid ** 2) + 1 - new["tokens"].shape[1]     # batches of short clips
+            new["tokens"] = torch.nn.functional.pad(new["tokens"], (0, 0, 0, short))
+            new["padding"] = torch.nn.functional.pad(new["padding"], (0, short), value=True)
+        else:
+            out = model.encode_images(data.to_float(batch["image"], data.CLIP), batch["title"])
+            new = dict(zip(("embedding", "tokens"), out), number=batch["number"])
+        for name, value in new.items():
+            rows.setdefault(name, []).append(value.cpu().numpy())
+    return gather_rows({name: np.concatenate(value) for name, value in rows.items()}, "number")
+
+
+@torch.no_grad()
+def rerank(model, similarity, gallery, clips, images, top, device):
+    """ICL similarity [Q,M] -> the same with the PMD's score added for the `top` images of each clip's gallery, and
+    the PMD's score alone for them; all others rank behind. similarity is scaled, so that the two add as they train."""
+    fused, alone = (np.where(gallery, similarity, -np.inf) - 1e4 for _ in range(2))
+    best = np.argsort(-np.where(gallery, similarity, -np.inf), axis=1, kind="stable")[:, :top]
+    for low in watch(range(0, len(best), 32), "rerank"):
+        chosen = best[low:low + 32]
+        take = lambda x, rows: torch.from_numpy(x[rows]).to(device)
+        pairs = torch.arange(len(chosen), device=device).repeat_interleave(chosen.shape[1])[:, None]
+        score, _ = model.pmd(take(images["tokens"], chosen.flatten()), take(clips["tokens"], slice(low, low + 32)),
+                             take(clips["padding"], slice(low, low + 32)), pairs)
+        score, rows = score.view(chosen.shape).cpu().numpy(), np.arange(low, low + len(chosen))[:, None]
+        inside = gallery[rows, chosen]
+        fused[rows, chosen] = np.where(inside, score + similarity[rows, chosen], -np.inf)
+        alone[rows, chosen] = np.where(inside, score, -np.inf)
+    return fused, alone
+
+
+def score_ranking(model, tokenizer, checkpoint, lives, folder, device):
+    """Table 2: R1, R5, R10 in each live's gallery, for every source of boxes there is: ICL alone and with the PMD.
+
+    -> results {source: {"icl": {k: percent}, "pmd": ..., "fused": ...}}, counts, and what the ranking picture needs.
+    """
+    config = checkpoint["config"]
+    images = data.ImageSet(lives, tokenizer, config["size"])
+    if not images.ids or not lives.galleries:
+        raise BadInput(f"{lives.root}: the {lives.split} split has no galleries of shop images to rank")
+    number = {image_id: m for m, image_id in enumerate(images.ids)}
+    positive, gallery = (np.zeros((len(lives), len(images.ids)), bool) for _ in range(2))
+    for q, video_id in enumerate(lives.video_ids):
+        positive[q, [number[i] for i in lives.positives.get(video_id, [])]] = True
+        gallery[q, [number[i] for i in lives.galleries.get(video_id.rsplit("-", 2)[0], [])]] = True
+    sources = {"none": None}
+    if config["view"] != "frame":
+        found = predicted_boxes(checkpoint["detector"], lives, folder, device)
+        sources = {"true": data.true_boxes(lives)} if lives.truth else {}
+        sources |= {name: seen_through(found, name, len(lives)) for name in ("md", "sd") if name in found} | {"none": None}
+    image_rows = embed(model, images, device, config["workers"], "shop images")
+    results, picture = {}, None
+    for source, boxes in sources.items():
+        view = "frame" if boxes is None else config["view"]
+        clips = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid, view, boxes, train=False)
+        clip_rows = embed(model, clips, device, config["workers"], f"clips, {SOURCES[source]}")
+        similarity = model.scale().item() * clip_rows["embedding"] @ image_rows["embedding"].T
+        scores = {"icl": similarity}
+        if hasattr(model, "pmd"):
+            fused, alone = rerank(model, similarity, gallery, clip_rows, image_rows, config["rerank"], device)
+            scores |= {"pmd": alone, "fused": fused}
+        results[source] = {name: {f"R{k}": 100 * v for k, v in rank_k(s, positive, gallery).items()} for name, s in scores.items()}
+        if source == config["boxes"]:
+            picture = {"score": scores.get("fused", similarity), "positive": positive, "gallery": gallery, "ids": images.ids, "boxes": boxes}
+    counts = {"clips": len(lives), "images": len(images.ids), "lives": len(lives.galleries), "gallery": float(gallery.sum(1).mean()),
+              "chance": {f"R{k}": 100 * float(np.mean(np.minimum(1, k * positive.sum(1) / np.maximum(1, gallery.sum(1))))) for k in (1, 5, 10)}}
+    counts["lives R1"] = {live: 100 * rank_k(similarity[mine], positive[mine], gallery[mine])[1] for live in lives.galleries
+                          for mine in [[v.rsplit("-", 2)[0] == live for v in lives.video_ids]] if any(mine)}
+    return results, counts, picture
+
+
+def show_table_2(results, counts, config):
+    print(f"\nTable 2, rank-k within each live's own gallery ({counts['clips']} clips, {counts['lives']} lives, {counts['gallery']:.1f} images a gallery)")
+    names = {"icl": "ICL", "pmd": f"PMD on the first {config['rerank']}", "fused": "ICL + PMD"}
+    rows = [(f"{SOURCES[source]}, {names[score]}", *values.values()) for source, r in results.items() for score, values in r.items()]
+    rows += [("chance", *counts["chance"].values())] + [(f"paper's RICE, {name} boxes", *values) for name, values in PAPER_2.items()]
+    print(table(("", "R1", "R5", "R10"), rows))
+    if len(counts["lives R1"]) > 1:
+        print(f"R1 by live ({list(SOURCES.values())[list(SOURCES).index('none')]}, ICL): " if len(results) == 1 else "R1 by live (whole frames, ICL): ",
+              ", ".join(f"{live} {value:.1f}" for live, value in list(counts["lives R1"].items())[:12]), sep="")
+
+
+# ------------------------------------------------------------------ pictures
+
+COLOURS = {"sd": (230, 120, 20), "md": (20, 110, 230)}
+
+
+def font(size):
+    try:
+        return ImageFont.load_default(size)
+    except (OSError, ImportError):                  # Pillow without FreeType
+        return ImageFont.load_default()
+
+
+def _dashed(draw, box, colour, dash=6):
+    x1, y1, x2, y2 = box
+    for a, b in (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x2, y2), (x1, y2)), ((x1, y2), (x1, y1))):
+        length = max(1, math.hypot(b[0] - a[0], b[1] - a[1]))
+        for start in np.arange(0, length, 2 * dash):
+            end = min(length, start + dash)
+            draw.line([*(p + (q - p) * start / length for p, q in zip(a, b)), *(p + (q - p) * end / length for p, q in zip(a, b))], fill=colour, width=2)
+
+
+def open_picture(lives, folder, name):
+    return Image.fromarray(lives.read(folder, name).permute(1, 2, 0).numpy())
+
+
+def detection_picture(rows, lives, names, path, clips=4, height=210):
+    """Strips of a few clips' frames with SD's box (orange), MD's (blue) and the true one (dashed white), saved to `path`."""
+    strips = []
+    for c in np.unique(rows["clip"])[:: max(1, len(np.unique(rows["clip"])) // clips)][:clips]:
+        clip, strip = lives.clip(int(c)), []
+        for f in np.flatnonzero(rows["clip"] == c)[:8]:
+            t = int(rows["position"][f])
+            frame = open_picture(lives, "frames", clip.frame_ids[t])
+            scale = height / frame.height
+            frame = frame.resize((round(frame.width * scale), height))
+            draw = ImageDraw.Draw(frame)
+            for x1, y1, x2, y2, _ in clip.boxes[t] if clip.boxes else []:
+                _dashed(draw, [v * scale for v in (x1, y1, x2, y2)], (255, 255, 255))
+            for method, colour in COLOURS.items():
+                if method in rows:
+                    x1, y1, x2, y2, score, category = rows[method][f]
+                    draw.rectangle([v * scale for v in (x1, y1, x2, y2)], outline=colour, width=2)
+                    text = f"{method.upper()} {names[int(category)]} {score:.2f}"
+                    draw.text((3, height - 15 * (2 - list(COLOURS).index(method))), text, colour, font(12), stroke_width=1, stroke_fill=(255, 255, 255))
+            if clip.kinds:
+                draw.text((3, 2), clip.kinds[t], (255, 255, 255), font(12), stroke_width=1, stroke_fill=(0, 0, 0))
+            strip.append(frame)
+        strips.append(_join(strip, 0))
+    _join(strips, 1).save(path)
+    return path
+
+
+def _join(pictures, axis, gap=4):
+    size = [max(p.size[d] for p in pictures) for d in (0, 1)]
+    size[axis] = sum(p.size[axis] + gap for p in pictures) - gap
+    sheet, at = Image.new("RGB", size, (255, 255, 255)), [0, 0]
+    for picture in pictures:
+        sheet.paste(picture, tuple(at))
+        at[axis] += picture.size[axis] + gap
+    return sheet
+
+
+def _wrapped(text, width, kind):
+    """Text cut into lines that fit `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [longer] if kind.getlength(longer) <= width or not lines[-1] else [lines[-1], word]
+    return "\n".join(lines)
+
+
+def ranking_picture(shown, lives, path, clips=5, side=132):
+    """A few clips (three frames, their boxes, the ASR), and the first five shop images of each: green right, red wrong."""
+    rows, kind = [], font(11)
+    for q in np.linspace(0, len(lives) - 1, min(clips, len(lives))).astype(int):
+        clip, cells = lives.clip(int(q)), []
+        boxes = shown["boxes"]
+        positions = boxes["position"][boxes["start"][q]:boxes["start"][q + 1]] if boxes else np.arange(len(clip.frame_ids))
+        for j in data.even_frames(len(positions), 3):
+            frame = open_picture(lives, "frames", clip.frame_ids[int(positions[j])])
+            if boxes:
+                x1, y1, x2, y2 = boxes["box"][boxes["start"][q] + j, :4]
+                ImageDraw.Draw(frame).rectangle([x1, y1, x2, y2], outline=COLOURS["md"])
+            cells.append(frame.resize((side, side)))
+        text = Image.new("RGB", (side + 30, side), (255, 255, 255))
+        ImageDraw.Draw(text).multiline_text((4, 2), _wrapped(f"“{clip.asr}”", side + 20, kind), (60, 60, 60), kind)
+        cells.append(text)
+        score = np.where(shown["gallery"][q], shown["score"][q], -np.inf)
+        for m in np.argsort(-score, kind="stable")[:min(5, int(shown["gallery"][q].sum()))]:
+            cell = Image.new("RGB", (side, side), (40, 160, 60) if shown["positive"][q, m] else (205, 50, 45))
+            cell.paste(open_picture(lives, "images", shown["ids"][m]).resize((side - 8, side - 8)), (4, 4))
+            ImageDraw.Draw(cell).multiline_text((6, 6), _wrapped(lives.titles.get(shown["ids"][m], ""), side - 12, kind), (60, 60, 60), kind)
+            cells.append(cell)
+        rows.append(_join(cells, 0))
+    _join(rows, 1, gap=8).save(path)
+    return path
+
+
+# ------------------------------------------------------------------ the command
+
+
+def evaluate(path, data_dir=None, split="test", out=None, workers=None):
+    """Evaluate one checkpoint: prints its table, saves its picture beside it, returns everything as a dict of plain values."""
+    rank, _ = start_processes()
+    device, checkpoint = pick_device(), read_checkpoint(path)
+    config = checkpoint["config"]
+    config["workers"] = config["workers"] if workers is None else workers
+    model, tokenizer = restore(checkpoint, device)
+    lives, out = data.Lives(data_dir or config["data"], split), Path(out or Path(path).parent)
+    if config["stage"] == "rice":
+        results, counts, shown = score_ranking(model, tokenizer, checkpoint, lives, out, device)
+    else:
+        rows = predict(model, config, checkpoint["categories"], lives, device)
+        results, counts = score_detections(rows, lives, checkpoint["categories"])
+    result = {"stage": config["stage"], "data": str(lives.root), "split": split, "counts": counts, "results": results,
+              "step": checkpoint["step"], "seed": config["seed"], "config": config}
+    if rank == 0:
+        show(result)
+        if config["stage"] == "rice":
+            picture = ranking_picture(shown, lives, out / "ranking.png")
+        else:
+            picture = detection_picture(rows, lives, list(checkpoint["categories"].values()), out / "detections.png")
+        print(f"\npicture: {picture}")
+    return result
+
+
+def show(result):
+    """Print the table of what `evaluate` returned."""
+    if result["stage"] == "rice":
+        show_table_2(result["results"], result["counts"], result["config"])
+    else:
+        show_table_1(result["results"], result["counts"])
+
+
+def write_json(path, value):
+    """Written whole or not at all."""
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+    os.replace(f"{path}.part", path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint of train.py: Table 1 for a detector, Table 2 for RICE.")
+    parser.add_argument("--ckpt", required=True, help="checkpoint, e.g. runs/tiny/md.pt; it knows its stage and configuration")
+    parser.add_argument("--data", help="data folder in the LPR4M layout (default: the one it was trained on)")
+    parser.add_argument("--split", default="test", choices=["test", "val"], help="which lives (default: test)")
+    parser.add_argument("--out", help="folder for the picture and the cached boxes (default: the checkpoint's)")
+    parser.add_argument("--json", help="write every number to this file too")
+    parser.add_argument("--workers", type=int, help="processes that load pictures (default: as in training)")
+    options = parser.parse_args(argv)
+    try:
+        result = evaluate(options.ckpt, options.data, options.split, options.out, options.workers)
+        if options.json and (not dist.is_initialized() or dist.get_rank() == 0):
+            write_json(options.json, result)
+    except BadInput as error:
+        print(f"error: {data.one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

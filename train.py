@@ -1,0 +1,378 @@
+"""Train SD, MD and RICE, one loop for all three.
+
+    python train.py                                                the whole quickstart: data, three models, the tables
+    python train.py --stage sd                                     one stage; sd, then md, then rice
+    torchrun --nproc_per_node 8 train.py --stage md                the same on eight devices; batch sizes are global
+    torchrun --nproc_per_node 8 train.py --preset paper --data LPR4M --stage sd --init dab_detr_r50.pth
+
+Data flow:  configuration -> prepare(stage): model, samples, order -> the loop -> RUN/STAGE.pt, RUN/STAGE.jsonl
+            -> eval.evaluate -> RUN/results.json.  A run that was stopped goes on where it stood, by the same command.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import eval as evaluation
+from data import BadInput
+
+# ------------------------------------------------------------------ configuration
+
+
+def option(default, group, text):
+    return field(default=default, metadata={"group": group, "help": text})
+
+
+@dataclass
+class Config:
+    """Everything that decides a run of one stage; the defaults are the paper's where it gives a value."""
+    stage: str = option("sd", "run", "sd, md, rice, or all of them in this order")
+    preset: str = option("tiny", "run", "tiny: the quickstart, two CPU cores; paper: the supplement's recipe")
+    data: str = option("runs/livestreams", "run", "data folder in the LPR4M layout; the default one is rendered when absent")
+    out: str = option("", "run", "run folder: checkpoints, logs, pictures (default: runs/PRESET)")
+    seed: int = option(0, "run", "decides initialisation, order, augmentation and negatives")
+    init: str = option("", "run", "public weights to start from: a DAB-DETR or ResNet checkpoint (sd), CLIP's (rice)")
+    workers: int = option(8, "run", "processes that load pictures, for each training process")
+    save_every: int = option(1000, "run", "steps between checkpoints")
+    log_every: int = option(50, "run", "steps between lines of the log")
+
+    steps: int = option(0, "optimisation", "training steps; 0: as many as --epochs makes")
+    epochs: float = option(20.0, "optimisation", "passes over the samples (frames for sd, clips for md and rice)")
+    batch: int = option(64, "optimisation", "samples a step over all processes: frames (sd), clips (md, rice)")
+    lr: float = option(1e-4, "optimisation", "peak learning rate")
+    backbone_lr: float = option(1e-5, "optimisation", "the same for SD's backbone and RICE's image encoder")
+    weight_decay: float = option(1e-4, "optimisation", "AdamW's weight decay")
+    clip_norm: float = option(0.1, "optimisation", "gradients longer than this are shortened to it")
+    warmup: int = option(0, "optimisation", "steps over which the learning rate rises")
+    schedule: str = option("drop", "optimisation", "drop: x0.1 after --drop of the steps; cosine: from there to 0 along a cosine")
+    drop: float = option(0.75, "optimisation", "share of the steps at the peak learning rate (the paper: 15 of 20 epochs)")
+
+    frames: int = option(10, "pictures", "frames of a clip, at even intervals (md, rice)")
+    shortest: str = option("480,800,32", "pictures", "shortest side for a detector, pixels: lowest, highest, step; drawn in training")
+    longest: int = option(1333, "pictures", "limit of the longest side, pixels")
+
+    backbone: str = option("resnet50", "detectors", "resnet50 or another torchvision ResNet; small: stride 8, from nothing")
+    dim: int = option(256, "detectors", "channels of the transformer")
+    heads: int = option(8, "detectors", "attention heads")
+    encoder_layers: int = option(6, "detectors", "encoder layers")
+    decoder_layers: int = option(6, "detectors", "decoder layers")
+    ffn: int = option(2048, "detectors", "width of the feed-forward nets")
+    queries: int = option(300, "detectors", "anchor boxes")
+    dense: float = option(0.0, "detectors", "weight of the loss by which memory tokens tell the category; 0: none (the paper)")
+    keep: str = option("80,50,30", "detectors", "queries of a frame that each step of the TTM keeps")
+
+    boxes: str = option("md", "rice", "whose boxes RICE sees clips through: md, sd, true (the annotation's) or none")
+    view: str = option("box", "rice", "box: the square around the box; mask: only patches the box touches; frame: whole frames")
+    train_frames: int = option(10, "rice", "frames drawn from a clip in training")
+    per_live: int = option(8, "rice", "clips of one live that stand together in a batch: negatives from the same shop")
+    width: int = option(768, "rice", "token width of the image encoder")
+    layers: int = option(12, "rice", "its layers")
+    vit_heads: int = option(12, "rice", "its attention heads")
+    patch: int = option(32, "rice", "pixels of a patch; 0: tokens of 16 pixels from a few convolution blocks")
+    size: int = option(224, "rice", "side of its pictures, pixels")
+    embedding: int = option(512, "rice", "length of the ICL embedding")
+    losses: str = option("icl,pmd,pfr", "rice", "which losses: icl[,pmd[,pfr]]")
+    n_neg: int = option(3, "rice", "negative clips of an image in the PMD")
+    negatives: str = option("hard", "rice", "hard: drawn by ICL similarity; rand: drawn evenly")
+    rerank: int = option(20, "rice", "how many first images the PMD scores in evaluation")
+
+
+# The supplement's recipe is the defaults above. It gives none for RICE; those values follow the public code's file.
+PRESETS = {
+    "paper": {
+        "sd": {}, "md": {"lr": 2e-4, "backbone_lr": 2e-5},
+        "rice": {"epochs": 5.0, "batch": 256, "lr": 1e-4, "backbone_lr": 1e-6, "weight_decay": 0.2, "clip_norm": 1.0}},
+    "tiny": {
+        "all": {"workers": 1, "save_every": 100, "log_every": 20, "frames": 8, "shortest": "80,96,16", "longest": 176,
+                "schedule": "cosine", "drop": 0.5, "clip_norm": 1.0, "backbone": "small", "dim": 128, "heads": 4,
+                "encoder_layers": 1, "decoder_layers": 3, "ffn": 256, "queries": 16, "dense": 1.0, "keep": "12,8,4"},
+        "sd": {"steps": 1400, "batch": 32, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 50},
+        "md": {"steps": 400, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
+        "rice": {"steps": 500, "batch": 72, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1, "weight_decay": 0.05,
+                 "clip_norm": 5.0, "train_frames": 3, "per_live": 24, "width": 128, "layers": 2, "vit_heads": 4, "patch": 0,
+                 "size": 64, "embedding": 128}},
+}
+STAGES = ("sd", "md", "rice")
+FREE = {"workers", "save_every", "log_every", "out", "init"}       # what a resumed run may have otherwise
+
+
+def configure(given, stage):
+    """The configuration of one stage: the defaults, then the preset, then what the user gave."""
+    if given.get("preset", "tiny") not in PRESETS:
+        raise BadInput(f"--preset {given['preset']}: expected one of {', '.join(PRESETS)}")
+    preset = PRESETS[given.get("preset", "tiny")]
+    config = Config(**(preset.get("all", {}) | preset[stage] | given | {"stage": stage}))
+    config.out = config.out or f"runs/{config.preset}"
+    for name, allowed in (("boxes", ("md", "sd", "true", "none")), ("view", ("box", "mask", "frame")), ("schedule", ("drop", "cosine")),
+                          ("negatives", ("hard", "rand")), ("losses", ("icl", "icl,pmd", "icl,pmd,pfr"))):
+        if getattr(config, name) not in allowed:
+            raise BadInput(f"--{name} {getattr(config, name)}: expected one of {' | '.join(allowed)}")
+    if config.view == "frame" or config.boxes == "none":
+        config.view, config.boxes = "frame", "none"
+    for name, count in (("shortest", 3), ("keep", None)):
+        numbers = str(getattr(config, name)).split(",")
+        if not all(n.isdigit() and int(n) > 0 for n in numbers) or len(numbers) != (count or len(numbers)):
+            raise BadInput(f"--{name} {getattr(config, name)}: expected {count or 'one or more'} whole numbers with commas between")
+    return config
+
+
+def learning_rate(step, config):
+    """Factor on the peak learning rate, a pure function of the step."""
+    done = step / config.steps
+    rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if done < config.drop:
+        return rise
+    return rise * (0.1 if config.schedule == "drop" else 0.5 * (1 + math.cos(math.pi * (done - config.drop) / (1 - config.drop))))
+
+
+# ------------------------------------------------------------------ what differs between the stages
+
+
+def prepare(config, device):
+    """-> model, what its checkpoint holds besides, samples, order of an epoch, collate; the rest of train.py is the same."""
+    lives = data.Lives(config.data, "train")
+    if config.stage == "rice":
+        texts = [text for c in range(0, len(lives), max(1, len(lives) // 200_000)) for clip in [lives.clip(c)] for text in (clip.title, clip.asr)]
+        proto = data.train_tokenizer(texts)
+        tokenizer = data.Tokenizer(proto)
+        model = evaluation.build(vars(config) | shapes(config), len(lives.categories), tokenizer.vocab)
+        kept, boxes = {"categories": lives.categories, "tokenizer": torch.tensor(list(proto), dtype=torch.uint8)}, None
+        if config.boxes == "true":
+            boxes = data.true_boxes(lives)
+        elif config.boxes != "none":
+            detector = finished(config, config.boxes)
+            kept["detector"] = {name: detector[name] for name in ("config", "categories", "model")}
+            boxes = evaluation.seen_through(evaluation.predicted_boxes(detector, lives, config.out, device), config.boxes, len(lives))
+        samples = data.PairSet(lives, tokenizer, config.train_frames, config.size, model.visual.grid, config.view, boxes, True, config.seed)
+        return model, kept, samples, data.live_by_live(samples.live_of, config.per_live), data.collate_pairs
+    if config.stage == "md":
+        base = finished(config, "sd")
+        if base["config"]["dim"] % 4 or list(base["categories"]) != list(lives.categories):
+            raise BadInput(f"{config.out}/sd.pt knows the categories {list(base['categories'])[:40]}, {config.data} has {list(lives.categories)[:40]}")
+        for name in ("backbone", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "queries", "dense"):
+            setattr(config, name, base["config"][name])         # MD's detector is the one that SD trained, whatever the flags say
+    if not lives.categories:
+        raise BadInput(f"{config.data}: no training row names a category (columns 6 and 7); one category is enough")
+    model = evaluation.build(vars(config) | shapes(config), len(lives.categories), None)
+    if config.stage == "md":
+        model.sd.load_state_dict(base["model"])
+    samples = data.DetectionSet(lives, lives.categories, config.frames if config.stage == "md" else 1,
+                                shapes(config)["shortest"], config.longest, True, config.seed)
+    return model, {"categories": lives.categories}, samples, data.shuffled(len(samples)), data.collate_detection
+
+
+def shapes(config):
+    """The text of a flag as numbers."""
+    return {"shortest": [int(n) for n in config.shortest.split(",")]}
+
+
+def finished(config, stage):
+    """The checkpoint of an earlier stage of this run folder, complete."""
+    checkpoint = evaluation.read_checkpoint(f"{config.out}/{stage}.pt")
+    saved = checkpoint["config"]
+    if saved["stage"] != stage:
+        raise BadInput(f"{config.out}/{stage}.pt holds stage {saved['stage']}, not {stage}; train it with `python train.py --stage {stage}`")
+    if checkpoint["step"] < saved["steps"]:
+        raise BadInput(f"{config.out}/{stage}.pt stands at step {checkpoint['step']} of {saved['steps']}; "
+                       f"finish it with `python train.py --stage {stage} --out {config.out}`")
+    return checkpoint
+
+
+def ready(batch, config, device, step):
+    """A collated batch on the device, pictures as normalised floats."""
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    if config.stage == "rice":
+        batch |= {name: data.to_float(batch[name], data.CLIP) for name in ("frames", "image")}
+        return batch | {"seed": config.seed * 1_000_003 + step}
+    return batch | {"frames": data.to_float(batch["frames"], data.IMAGENET, batch["padding"])}
+
+
+def start_from(model, path):
+    """Public weights by name and shape; the class head may differ and is then left as initialised, nothing else may."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except Exception as error:
+        raise BadInput(f"{path}: not a state dict that loads with weights_only ({type(error).__name__})") from None
+    state = {key.removeprefix("module."): value for key, value in state.get("model", state).items()}
+    own, target = model.state_dict(), "backbone.0.body." if "layer4.0.conv1.weight" in state else ""
+    state = {target + key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    if any(key.startswith("visual.") for key in state):
+        own = {key: value for key, value in own.items() if key.startswith("visual.")}
+        state = {key: value.float() for key, value in state.items() if key.startswith("visual.")}
+    own = {key: value for key, value in own.items() if key.startswith(target)}
+    skipped = [key for key in own if key in state and own[key].shape != state[key].shape and key.startswith("class_embed.")]
+    unused = [key for key in state if key not in own and not key.startswith(f"{target}fc.")]
+    missing = [key for key in own if key not in state and not key.startswith("transformer.decoder.bbox_embed.")]
+    wrong = [key for key in own if key in state and own[key].shape != state[key].shape and key not in skipped]
+    if missing or unused or wrong:
+        raise BadInput(f"{path}: missing {missing[:8]}, left over {unused[:8]}, of another shape {wrong[:8]}")
+    model.load_state_dict({key: value for key, value in state.items() if key in own and key not in skipped}, strict=False)
+    print(f"{path}: loaded {len(own) - len(skipped)}, re-initialised {', '.join(skipped) or 'none'}")
+
+
+# ------------------------------------------------------------------ the loop
+
+
+class Step(nn.Module):
+    """What DDP wraps: a model whose forward is its loss."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return self.model.loss(batch)
+
+
+def train(config, rank, world, device):
+    """Train one stage to its last step, from its checkpoint if it has one; returns False when it was complete already."""
+    path, log = Path(config.out) / f"{config.stage}.pt", Path(config.out) / f"{config.stage}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    saved = evaluation.read_checkpoint(path) if path.exists() else None
+    if saved and saved["step"] == saved["config"]["steps"] and not differences(config, saved["config"]):
+        return False
+    model, kept, samples, order, collate = prepare(config, device)
+    config.steps = config.steps or max(1, int(config.epochs * len(samples) / config.batch))
+    if config.batch % world:
+        raise BadInput(f"--batch {config.batch} is the batch of all processes together; it must be a multiple of their number, {world}")
+    if saved and differences(config, saved["config"]):
+        raise BadInput(f"{path} was made with another configuration ({', '.join(differences(config, saved['config']))}); "
+                       f"give --out for a new run, or remove the file")
+    if config.init and not saved:
+        start_from(model, config.init)
+    model.to(device).train()
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith(("backbone.", "visual."))].append(parameter)
+    optimizer = torch.optim.AdamW([{"params": groups[True], "peak": config.backbone_lr}, {"params": groups[False], "peak": config.lr}],
+                                  weight_decay=config.weight_decay)
+    start = 0
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+        if rank == 0 and log.exists():                 # lines that the stopped run wrote after its last checkpoint
+            log.write_text("".join(line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= start))
+    elif rank == 0:
+        log.write_text("")
+    wrapped = Step(model)
+    if world > 1:
+        wrapped = DistributedDataParallel(wrapped, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    sampler = data.StepSampler(order, config.batch, config.steps, start, config.seed, rank, world)
+    batches = DataLoader(samples, batch_sampler=sampler, num_workers=config.workers, collate_fn=collate, pin_memory=device.type == "cuda")
+    bar = tqdm(total=config.steps * config.batch, initial=start * config.batch, desc=f"train {config.stage}", disable=rank > 0,
+               unit="frame" if config.stage == "sd" else "clip", mininterval=1)
+    for step, batch in enumerate(batches, start):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate(step, config)
+        loss, terms = wrapped(ready(batch, config, device, step))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
+        optimizer.step()
+        bar.update(config.batch)
+        last = step + 1 == config.steps
+        if (step + 1) % config.log_every == 0 or last:
+            line = report(loss, terms, norm, world)
+            if not all(math.isfinite(value) for value in line.values()):
+                raise BadInput(f"{config.stage} step {step + 1}: not finite: {line}; {path} holds the last good step; try a lower --lr")
+            bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "norm"})
+            if rank == 0:
+                with open(log, "a") as file:
+                    file.write(json.dumps({"step": step + 1, "lr": config.lr * learning_rate(step, config)} | line) + "\n")
+        if rank == 0 and ((step + 1) % config.save_every == 0 or last):
+            save(path, {"config": vars(config) | shapes(config), "step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | kept)
+    bar.close()
+    if world > 1:
+        dist.barrier()
+    return True
+
+
+def report(loss, terms, norm, world):
+    """Loss, its terms (of the last layer) and the gradient's length as numbers, averaged over all processes."""
+    values = {"loss": loss.detach()} | {name: value.flatten()[-1] for name, value in terms.items()} | {"norm": norm}
+    numbers = torch.stack([value.float() for value in values.values()])
+    if world > 1:
+        dist.all_reduce(numbers)
+    return dict(zip(values, (numbers / world).tolist()))
+
+
+def save(path, checkpoint):
+    """Written whole or not at all: a process that dies here leaves the checkpoint before this one."""
+    torch.save(checkpoint, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def differences(config, saved):
+    """What the user changed since the checkpoint was made, as text; steps counted from epochs do not differ."""
+    now = vars(config) | shapes(config)
+    skip = FREE | ({"steps"} if not now["steps"] else set())
+    return [f"{name}: {saved.get(name)} there, {now[name]} here" for name in now if name not in skip and now[name] != saved.get(name)]
+
+
+# ------------------------------------------------------------------ the command
+
+
+def run(given):
+    rank, world = evaluation.start_processes()
+    device = evaluation.pick_device()
+    wanted = given.get("stage", "all")
+    if wanted not in (*STAGES, "all"):
+        raise BadInput(f"--stage {wanted}: expected one of {', '.join(STAGES)}, all")
+    configs = [configure(given, stage) for stage in STAGES if wanted in (stage, "all")]
+    if configs[0].data == Config.data and not Path(Config.data).exists():
+        if rank == 0:
+            data.render(Config.data)
+        if world > 1:
+            dist.barrier()
+    path = Path(configs[0].out) / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for config in configs:
+        trained = train(config, rank, world, device)
+        if trained or config.stage not in results:
+            results[config.stage] = evaluation.evaluate(f"{config.out}/{config.stage}.pt")
+            if rank == 0:
+                evaluation.write_json(path, results)
+        elif rank == 0:
+            print(f"{config.stage}: done before ({config.out}/{config.stage}.pt)")
+            evaluation.show(results[config.stage])
+    if rank == 0:
+        print(f"\nall done: {path}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Train SD, MD and RICE; with no argument: the whole quickstart.", usage="train.py [--FLAG VALUE ...]",
+                                     epilog="Defaults are the paper preset's; --preset tiny (the default preset) changes many: see PRESETS in train.py.")
+    groups = {}
+    for item in dataclasses.fields(Config):
+        group = groups.setdefault(item.metadata["group"], parser.add_argument_group(item.metadata["group"]))
+        group.add_argument(f"--{item.name.replace('_', '-')}", type=type(item.default), default=argparse.SUPPRESS, metavar="X",
+                           help=f"{item.metadata['help']} [{'all' if item.name == 'stage' else item.default}]")
+    try:
+        run(vars(parser.parse_args(argv)))
+    except BadInput as error:
+        print(f"error: {data.one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
