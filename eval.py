@@ -339,10 +339,10 @@ def score_detections(rows, lives, categories):
         right = found[image, 5].astype(int) == category
         shown = np.zeros(len(found), bool)
         shown[image] = True
-        result["hit"] = 100 * hit[shown].mean()
-        result["category"] = 100 * right.mean() if (category >= 0).all() else None
-        result["kinds"] = {k: {"frames": int((kinds == k).sum()), "hit": 100 * hit[kinds == k].mean() if shown[kinds == k].any() else None,
-                               "score": 100 * found[kinds == k, 4].mean()} for k in (*data.KINDS, "absent") if (kinds == k).any()}
+        result["hit"] = 100 * float(hit[shown].mean())
+        result["category"] = 100 * float(right.mean()) if (category >= 0).all() else None
+        result["kinds"] = {k: {"frames": int((kinds == k).sum()), "hit": 100 * float(hit[kinds == k].mean()) if shown[kinds == k].any() else None,
+                               "score": 100 * float(found[kinds == k, 4].mean())} for k in (*data.KINDS, "absent") if (kinds == k).any()}
         results[method] = result
     return results, {"clips": len(lives), "frames": len(clip_ids), "boxes": len(image)}
 
