@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,9 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
+
+# torchvision's decoder is the fastest there is for JPEG; since 0.29 every call announces its successor, another package.
+warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision are deprecated")
 
 SPLITS = {"scale": ("small", "medium", "large"), "duration": ("short", "medium", "long"),
           "number": ("abundant", "medium", "few")}
@@ -286,6 +290,7 @@ class DetectionSet(Dataset):
     An item is asked for by (epoch, i): its augmentation is a function of (seed, epoch, i) alone. It holds
         frames  T x uint8 [3,h,w]     boxes_cxcywh  T x [M,4], 0..1     labels  T x [M]     size  T x (w, h) on disk
         clip  its number in the split     position  T x int, place of the frame in the clip
+    (boxes and labels in training only: an evaluation that looked at them would be none).
     In evaluation a clip of more than `frames` frames makes several items that interleave, so each spans the clip.
     """
 
@@ -336,7 +341,7 @@ class DetectionSet(Dataset):
             scale = min(side / min(height, width), self.longest / max(height, width))
             new = max(1, round(height * scale)), max(1, round(width * scale))
             image = TF.resize(image, new, antialias=True) if new != (height, width) else image
-            boxes, labels = self._targets(clip.boxes[t] if clip.boxes else np.zeros((0, 5)), width, height)
+            boxes, labels = self._targets(clip.boxes[t] if self.train else np.zeros((0, 5)), width, height)
             if flip:
                 image = image.flip(2)
                 boxes[:, 0] = 1 - boxes[:, 0]
@@ -600,7 +605,7 @@ KINDS = {"held": 0.40, "two held": 0.26, "table": 0.20, "occluded": 0.14}      #
 ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}                                    # frames of 8 without it -> share of clips
 SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}     # of the frame's side -> a third of clips each
 SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                        # products behind -> a third of clips each
-LOOKALIKE = 0.4       # share of products that copy another of their live but for one detail (logo, or pattern)
+LOOKALIKE = 0.2       # share of products that copy another of their live but for one detail (logo, or pattern)
 BLUR = 0.15           # share of frames with motion blur
 WRONG_WORDS = 0.10    # share of ASR words misheard (the paper measured 90.16 % right)
 QUICKSTART = ("trousers", "hat", "sneaker", "handbag", "suitcase", "bottle", "umbrella", "plate")
@@ -854,7 +859,7 @@ def _render_live(job):
         others = [o for o in range(count) if o != product]
         scale, crowd = str(rng.choice(list(SIZES))), str(rng.choice(list(SHELF)))
         low, high = SHELF[crowd]
-        scene = _backdrop(rng, sprites, others, side, int(rng.integers(low, high + 1)))
+        scene = _backdrop(rng, sprites, others, side, min(len(others), int(rng.integers(low, high + 1))))
         size, kinds = rng.uniform(*SIZES[scale]), _kinds(rng, frames)
         video_id = f"{live}-{start}-{start + frames * 1000}"
         start += frames * 1000 + 30000

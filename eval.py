@@ -204,14 +204,20 @@ def start_processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gather_rows(rows, key):
-    """Arrays of every process, joined and ordered by `key` (the sample's number): the same on any number of processes."""
+def is_first():
+    """Whether this is the process that prints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def gather_rows(rows, *keys):
+    """Arrays of every process, joined and ordered by `keys` (the sample's numbers): the same on any number of processes."""
     parts = [rows]
     if dist.is_initialized():
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, rows)
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in rows}
-    order = np.argsort(joined[key], kind="stable")
+        parts = [part for part in parts if part]                   # a process may have had no sample at all
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.lexsort([joined[key] for key in reversed(keys)])
     return {name: value[order] for name, value in joined.items()}
 
 
@@ -222,7 +228,7 @@ def loader(dataset, batch, collate, workers):
 
 def watch(batches, text):
     """A progress bar on the first process."""
-    return tqdm(batches, desc=text, unit="batch", leave=False, disable=dist.is_initialized() and dist.get_rank() > 0)
+    return tqdm(batches, desc=text, unit="batch", leave=False, disable=not is_first())
 
 
 # ------------------------------------------------------------------ detecting
@@ -233,7 +239,8 @@ def predict(model, config, categories, lives, device, every_frame=True):
     """One box for every frame of a split, by SD, and when `model` is MD by MD and by MD with each frame as its own clip.
 
     -> arrays over frames, by clip and place in it: clip [F], position [F], and "sd", "md", "md1" [F,6] = x1 y1 x2 y2 in
-    pixels of the picture on disk, score, class. every_frame=False takes only `frames` of each clip, at even intervals.
+    pixels of the picture on disk, score, class. every_frame=False takes only `frames` of each clip, at even intervals,
+    and leaves the control "md1" out: what RICE needs to train.
     """
     dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], train=False, every_frame=every_frame)
     rows, many = {}, config["stage"] == "md"
@@ -244,8 +251,9 @@ def predict(model, config, categories, lives, device, every_frame=True):
         if many:
             *single, memory = model.single(frames, padding)
             answers = {"sd": single[1:], "md": tuple(x[-1] for x in model.temporal(*single, memory, valid))}
-            alone = model.temporal(*(x.flatten(0, 1)[:, None] for x in single), memory, torch.ones_like(valid).flatten()[:, None])
-            answers["md1"] = tuple(x[-1].unflatten(0, valid.shape).squeeze(2) for x in alone)
+            if every_frame:
+                alone = model.temporal(*(x.flatten(0, 1)[:, None] for x in single), memory, torch.ones_like(valid).flatten()[:, None])
+                answers["md1"] = tuple(x[-1].unflatten(0, valid.shape).squeeze(2) for x in alone)
         else:
             logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
             answers = {"sd": tuple(x[-1].unflatten(0, valid.shape) for x in (logits, boxes))}
@@ -257,25 +265,24 @@ def predict(model, config, categories, lives, device, every_frame=True):
             new[name] = torch.cat([xyxy, score[:, None], category[:, None]], 1)
         for name, value in new.items():
             rows.setdefault(name, []).append(value.numpy())
-    empty = {name: np.zeros((0, 6), np.float32) for name in (("sd", "md", "md1") if many else ("sd",))}
-    rows = {name: np.concatenate(v) for name, v in rows.items()} or {"clip": np.zeros(0, int), "position": np.zeros(0, int)} | empty
-    rows["order"] = rows["clip"] * (rows["position"].max(initial=0) + 10 ** 6) + rows["position"]
-    return gather_rows(rows, "order")
+    rows = {name: np.concatenate(value) for name, value in rows.items()}
+    return gather_rows(rows, "clip", "position")
 
 
 def predicted_boxes(checkpoint, lives, folder, device):
-    """`predict` on the frames that RICE looks at, kept in one file and used again while detector and data are the same."""
+    """`predict` with a detector's checkpoint, kept in one file and used again while detector and data are the same."""
     folder, mark = Path(folder), hashlib.sha256()
     for value in checkpoint["model"].values():
         mark.update(value.numpy().tobytes())
-    mark.update(f"{lives.root} {lives.split} {len(lives)} {checkpoint['config']['frames']}".encode())
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted((lives.root / "annotations").iterdir())]
+    mark.update(f"{lives.root.resolve()} {files} {checkpoint['config']['frames']}".encode())
     path = folder / f"boxes-{lives.split}-{mark.hexdigest()[:12]}.npz"
     if path.exists():
         with np.load(path) as saved:
             return dict(saved)
     model, _ = restore(checkpoint, device)
     rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame=lives.split != "train")
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         folder.mkdir(parents=True, exist_ok=True)
         with open(f"{path}.part", "wb") as file:
             np.savez(file, **rows)
@@ -313,7 +320,8 @@ def score_detections(rows, lives, categories):
         for t, boxes in enumerate(clip.boxes or []):
             f = frame_of[int(c), t]
             for x1, y1, x2, y2, raw in boxes:
-                image.append(f), category.append(numbers.get(int(raw), -1)), box.append((x1, y1, x2, y2))
+                # A category that training never showed is a class of its own, which no detection can hit.
+                image.append(f), category.append(-1 if raw < 0 else numbers.get(int(raw), len(numbers) + int(raw))), box.append((x1, y1, x2, y2))
             kinds[f] = clip.kinds[t] if clip.kinds else ""
     image, category, box = np.array(image, int), np.array(category, int), np.array(box, np.float64).reshape(-1, 4)
     if not len(image):
@@ -442,12 +450,23 @@ def score_ranking(model, tokenizer, checkpoint, lives, folder, device):
             scores |= {"pmd": alone, "fused": fused}
         results[source] = {name: {f"R{k}": 100 * v for k, v in rank_k(s, positive, gallery).items()} for name, s in scores.items()}
         if source == config["boxes"]:
+            each = lives_apart(similarity, positive, gallery, lives)
             picture = {"score": scores.get("fused", similarity), "positive": positive, "gallery": gallery, "ids": images.ids, "boxes": boxes}
     counts = {"clips": len(lives), "images": len(images.ids), "lives": len(lives.galleries), "gallery": float(gallery.sum(1).mean()),
               "chance": {f"R{k}": 100 * float(np.mean(np.minimum(1, k * positive.sum(1) / np.maximum(1, gallery.sum(1))))) for k in (1, 5, 10)}}
-    counts["lives R1"] = {live: 100 * rank_k(similarity[mine], positive[mine], gallery[mine])[1] for live in lives.galleries
-                          for mine in [[v.rsplit("-", 2)[0] == live for v in lives.video_ids]] if any(mine)}
+    counts["each live"] = each
     return results, counts, picture
+
+
+def lives_apart(similarity, positive, gallery, lives):
+    """{live: [clips, images of its gallery, R1, R5, R10, chance of R1]}."""
+    live_of, out = np.array([v.rsplit("-", 2)[0] for v in lives.video_ids]), {}
+    for live in sorted(set(live_of)):
+        mine = live_of == live
+        images = gallery[mine].sum(1).mean()
+        found = rank_k(similarity[mine], positive[mine], gallery[mine])
+        out[live] = [int(mine.sum()), int(images), *(100 * v for v in found.values()), 100 * float(positive[mine].sum(1).mean() / max(1, images))]
+    return out
 
 
 def show_table_2(results, counts, config):
@@ -456,9 +475,8 @@ def show_table_2(results, counts, config):
     rows = [(f"{SOURCES[source]}, {names[score]}", *values.values()) for source, r in results.items() for score, values in r.items()]
     rows += [("chance", *counts["chance"].values())] + [(f"paper's RICE, {name} boxes", *values) for name, values in PAPER_2.items()]
     print(table(("", "R1", "R5", "R10"), rows))
-    if len(counts["lives R1"]) > 1:
-        print(f"R1 by live ({list(SOURCES.values())[list(SOURCES).index('none')]}, ICL): " if len(results) == 1 else "R1 by live (whole frames, ICL): ",
-              ", ".join(f"{live} {value:.1f}" for live, value in list(counts["lives R1"].items())[:12]), sep="")
+    print(f"\nEach live's clips against its own gallery ({SOURCES[config['boxes']]}, ICL)")
+    print(table(("", "clips", "images", "R1", "R5", "R10", "chance R1"), [(live, str(n), str(m), *row) for live, (n, m, *row) in counts["each live"].items()]))
 
 
 # ------------------------------------------------------------------ pictures
@@ -568,12 +586,12 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None):
     device, checkpoint = pick_device(), read_checkpoint(path)
     config = checkpoint["config"]
     config["workers"] = config["workers"] if workers is None else workers
-    model, tokenizer = restore(checkpoint, device)
     lives, out = data.Lives(data_dir or config["data"], split), Path(out or Path(path).parent)
     if config["stage"] == "rice":
+        model, tokenizer = restore(checkpoint, device)
         results, counts, shown = score_ranking(model, tokenizer, checkpoint, lives, out, device)
     else:
-        rows = predict(model, config, checkpoint["categories"], lives, device)
+        rows = predicted_boxes(checkpoint, lives, out, device)
         results, counts = score_detections(rows, lives, checkpoint["categories"])
     result = {"stage": config["stage"], "data": str(lives.root), "split": split, "counts": counts, "results": results,
               "step": checkpoint["step"], "seed": config["seed"], "config": config}
@@ -613,7 +631,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     try:
         result = evaluate(options.ckpt, options.data, options.split, options.out, options.workers)
-        if options.json and (not dist.is_initialized() or dist.get_rank() == 0):
+        if options.json and is_first():
             write_json(options.json, result)
     except BadInput as error:
         print(f"error: {data.one_line(error)}", file=sys.stderr)

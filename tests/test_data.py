@@ -1,0 +1,199 @@
+"""data.py: the layout and its errors, the renderer, samples, batches, order."""
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as TF
+
+import data
+from data import BadInput
+
+
+def digest(root):
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_rendering_is_deterministic(tmp_path, livestreams):
+    same = dict(lives=2, val_lives=1, test_lives=2, products=4, clips=4, gallery=4, frames=4, size=64, progress=False)
+    data.render(tmp_path / "again", processes=2, **same)
+    data.render(tmp_path / "other", seed=1, processes=1, **same)
+    assert digest(tmp_path / "again") == digest(livestreams)
+    assert digest(tmp_path / "other").keys() != digest(livestreams).keys()
+    with pytest.raises(BadInput, match="exists"):
+        data.render(tmp_path / "again")
+
+
+def test_rendered_data_fills_the_layout(tmp_path):
+    root = tmp_path / "lives"
+    data.render(root, lives=2, val_lives=1, test_lives=2, products=20, clips=24, gallery=20, frames=8, size=48, processes=2, progress=False)
+    train, val, test = (data.Lives(root, split) for split in ("train", "val", "test"))
+    assert (len(train), len(val), len(test)) == (48, 20, 40)
+    assert set(test.members) == {(name, value) for name, values in data.SPLITS.items() for value in values}
+    assert all(test.members.values()) and sum(map(len, test.members.values())) == 3 * 40
+    kinds, areas = set(), []
+    for lives in (train, test):
+        for c in range(len(lives)):
+            clip = lives.clip(c)
+            kinds |= set(clip.kinds or [])
+            assert len(clip.frame_ids) == len(clip.boxes) == 8 and clip.title and clip.asr
+            for frame_id, boxes in zip(clip.frame_ids, clip.boxes):
+                assert lives.read("frames", frame_id).shape == (3, 48, 48)
+                assert len(boxes) <= 1 and (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= 48).all()
+                areas += [(b[2] - b[0]) * (b[3] - b[1]) for b in boxes]
+            assert lives.read("images", clip.image_ids[0]).shape == (3, 48, 48)
+    assert kinds == {*data.KINDS, "absent"} and min(areas) > 16
+    trained_on = {train.clip(c).image_ids[0] for c in range(len(train))}
+    assert all(len(ids) == 20 and not trained_on & set(ids) for ids in test.galleries.values())
+    assert all(set(test.positives[v]) <= set(test.galleries[v.rsplit("-", 2)[0]]) for v in test.video_ids)
+    assert len(train.categories) <= 8 and len(data.CATEGORIES) == 34
+
+
+def test_all_34_categories_can_be_drawn():
+    for name in data.CATEGORIES:
+        product = dict(category=name, hue=3, shade=[0.9, 0.9], drift=0, second=0.5, pattern="dotted", pattern_hue=0.2, logo="star", aspect=1.0)
+        sprite = np.asarray(data._sprite(product))
+        assert (sprite[..., 3] > 0).mean() > 0.1 and len(np.unique(sprite[sprite[..., 3] > 0][:, :3], axis=0)) > 3
+
+
+def test_ids_are_split_from_the_right():
+    clip = data.Clip("7b601b02-2c63-11ee-bb6d-b8cef60c2fd0-1667916122888-1667916252390", [], None, [], "", "")
+    assert clip.live_id == "7b601b02-2c63-11ee-bb6d-b8cef60c2fd0"
+
+
+@pytest.mark.parametrize("column, value, says", [
+    (1, "[\"a\"", "frame_id list"), (1, "__import__('os').system('true')", "frame_id list"), (1, "[\"../../etc/passwd\"]", "not an id"),
+    (2, "[[1, 2, 3]]", "box list"), (2, "[[0, 0, NaN, 5], [], [], []]", "box list"), (2, "[[1, 2, 3, 4]]", "4 frames but 1"),
+    (5, "shoe", "category id"), (None, "a\tb", "11 columns")])
+def test_bad_rows_say_file_row_and_field(tmp_path, livestreams, column, value, says):
+    root = tmp_path / "bad"
+    (root / "annotations").mkdir(parents=True)
+    path = root / "annotations" / "training_videoinfo_part_00.txt"
+    rows = (livestreams / "annotations" / "training_videoinfo_part_00.txt").read_text().splitlines()
+    fields = rows[2].split("\t")
+    if column is not None:
+        fields[column] = value
+    rows[2] = value if column is None else "\t".join(fields)
+    path.write_text("\n".join(rows) + "\n")
+    with pytest.raises(BadInput, match=says) as error:
+        data.Lives(root, "train").clip(2)
+    assert f"{path}:3" in str(error.value) and "\n" not in data.one_line(error.value)
+
+
+def test_a_python_list_and_boxes_of_every_form_are_read(tmp_path, livestreams):
+    rows = (livestreams / "annotations" / "training_videoinfo_part_00.txt").read_text().splitlines()
+    fields = rows[0].split("\t")
+    fields[1] = repr(json.loads(fields[1]))                                    # Python's quotes
+    fields[2] = "[[[1, 2, 30, 40], [5, 6, 7, 8, 3]], [0, 0, 0, 0], [], [9, 9, 20, 30]]"
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "training_videoinfo_x.txt").write_text("\t".join(fields) + "\n")
+    boxes = data.Lives(tmp_path, "train").clip(0).boxes
+    assert [len(b) for b in boxes] == [2, 0, 0, 1]
+    assert boxes[0][:, 4].tolist() == [int(fields[5]), 3]
+
+
+def test_missing_and_broken_pictures_are_named(tmp_path, livestreams):
+    root = tmp_path / "broken"
+    shutil.copytree(livestreams, root)
+    lives = data.Lives(root, "train")
+    first, second = lives.clip(0).frame_ids[:2]
+    (root / "frames" / f"{first}.jpg").unlink()
+    (root / "frames" / f"{second}.jpg").write_bytes(b"no picture")
+    for frame_id, says in ((first, "missing"), (second, "not a readable")):
+        with pytest.raises(BadInput, match=says) as error:
+            lives.read("frames", frame_id)
+        assert frame_id in str(error.value)
+
+
+def test_even_frames():
+    assert data.even_frames(10, 10) == list(range(10)) and data.even_frames(3, 10) == [0, 1, 2]
+    assert data.even_frames(100, 4) == [12, 37, 62, 87]
+    assert data.even_frames(1, 8) == [0]
+
+
+def test_detection_samples_are_a_function_of_seed_epoch_and_number(livestreams):
+    lives = data.Lives(livestreams, "train")
+    make = lambda seed: data.DetectionSet(lives, lives.categories, 1, (32, 48, 16), 100, True, seed)
+    samples = make(0)
+    assert len(samples) == 8 * 4
+    a, b = samples[(3, 5)], make(0)[(3, 5)]
+    assert torch.equal(a["frames"][0], b["frames"][0]) and torch.equal(a["boxes_cxcywh"][0], b["boxes_cxcywh"][0])
+    seen = [samples[(e, 5)] for e in range(16)]
+    assert {tuple(s["frames"][0].shape) for s in seen} == {(3, 32, 32), (3, 48, 48)}
+    assert len({s["frames"][0].numpy().tobytes() for s in seen}) == 4                # two sizes, each flipped or not
+    assert [s["frames"][0].shape for s in seen] != [make(1)[(e, 5)]["frames"][0].shape for e in range(16)]
+    for i in range(len(samples)):                                                 # the box moves with the flip
+        large = [s for s in (samples[(e, i)] for e in range(40)) if s["frames"][0].shape[1] == 48]
+        one, other = large[0], next(s for s in large if not torch.equal(s["frames"][0], large[0]["frames"][0]))
+        torch.testing.assert_close(one["boxes_cxcywh"][0][:, 0], 1 - other["boxes_cxcywh"][0][:, 0])
+
+
+def test_batches_pad_frames_clips_and_boxes(livestreams):
+    lives = data.Lives(livestreams, "test")
+    samples = data.DetectionSet(lives, data.Lives(livestreams, "train").categories, 3, (48, 48, 16), 100, False)
+    parts = [samples.items[i] for i in range(2)]
+    assert parts == [(0, 0, 2), (0, 1, 2)]                                      # 4 frames, 3 at a time: two parts that interleave
+    batch = data.collate_detection([samples[(0, i)] for i in range(2)] + [{**samples[(0, 2)], "frames": samples[(0, 2)]["frames"][:1]}])
+    assert batch["frames"].shape == (3, 2, 3, 48, 48) and batch["position"].tolist()[:2] == [[0, 2], [1, 3]]
+    assert batch["valid"].tolist() == [[True, True], [True, True], [True, False]]
+    assert not batch["padding"][0].any() and batch["padding"][2, 1].all()
+    lives = data.Lives(livestreams, "train")
+    samples = data.DetectionSet(lives, lives.categories, 4, (48, 48, 16), 100, True)
+    for i in range(8):
+        item = next(s for s in (samples[(e, i)] for e in range(40)) if torch.equal(s["frames"][0], TF.resize(
+            lives.read("frames", lives.clip(i).frame_ids[0]), (48, 48), antialias=True)))             # one that was not flipped
+        batch = data.collate_detection([item])
+        for t, truth in enumerate(lives.clip(i).boxes):
+            assert int((batch["labels"][0, t] >= 0).sum()) == len(truth)
+            if len(truth):
+                cx, cy, w, h = (batch["boxes_cxcywh"][0, t, 0] * 64).tolist()
+                np.testing.assert_allclose([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], truth[0, :4], atol=1e-3)
+                assert list(lives.categories)[batch["labels"][0, t, 0]] == truth[0, 4]
+
+
+def test_pairs_see_the_clip_through_its_boxes(livestreams):
+    lives = data.Lives(livestreams, "train")
+    tokenizer = data.Tokenizer(data.train_tokenizer([lives.clip(c).title for c in range(len(lives))] * 20, vocab=120))
+    boxes = data.true_boxes(lives)
+    for view in ("box", "mask", "frame"):
+        samples = data.PairSet(lives, tokenizer, 2, 32, 2, view, boxes, True)
+        batch = data.collate_pairs([samples[(0, i)] for i in range(3)])
+        assert batch["frames"].shape == (3, 2, 3, 32, 32) and batch["keep"].shape == (3, 2, 4) and batch["image"].shape == (3, 3, 32, 32)
+        assert batch["asr"].shape == batch["title"].shape == (3, 24) and (batch["title"][:, 0] == 1).all()
+        assert bool(batch["keep"].all()) == (view != "mask") and batch["keep"].any(-1).all()
+    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    image[:, 10:20, 20:30] = 255
+    assert data.square_view(image, (20, 10, 30, 20), 16, margin=1.0).float().mean() == 255
+    assert data.square_view(image, (20, 10, 30, 20), 16, margin=2.0).float().mean() == pytest.approx(255 / 4, rel=0.1)
+    with pytest.raises(BadInput, match="--view frame"):
+        data.PairSet(lives, tokenizer, 2, 32, 2, "box", None, True)
+
+
+def test_tokenizer_of_nothing_and_of_text():
+    empty = data.Tokenizer(b"")
+    assert empty("anything").tolist() == [1] + [0] * 23 and data.train_tokenizer(["", ""]) == b""
+    proto = data.train_tokenizer(["red hat", "blue hat with star"] * 50, vocab=40)
+    tokens = data.Tokenizer(proto)
+    assert proto == data.train_tokenizer(["red hat", "blue hat with star"] * 50, vocab=40)
+    assert tokens("red hat").tolist() != tokens("blue hat").tolist() and int(tokens("red hat").max()) < tokens.vocab
+    assert tokens("").tolist() == [1] + [0] * 23
+
+
+def test_order_depends_on_seed_and_step_alone():
+    order = data.live_by_live([f"live{i // 6}" for i in range(18)], 3)
+    whole = list(data.StepSampler(order, 6, 7))
+    assert whole[4:] == list(data.StepSampler(order, 6, 7, start=4))                              # a resumed run goes on
+    halves = zip(*(data.StepSampler(order, 6, 7, rank=r, world=2) for r in (0, 1)))
+    assert [a + b for a, b in halves] == whole                                                      # two ranks see one batch
+    seen = [i for batch in whole[:3] for _, i in batch]
+    assert sorted(seen) == list(range(18)) and [e for batch in whole for e, _ in batch] == [0] * 18 + [1] * 18 + [2] * 6
+    assert all(len({i // 6 for _, i in batch[k:k + 3]}) == 1 for batch in whole for k in (0, 3))      # clips of one live together
+    assert whole != list(data.StepSampler(order, 6, 7, seed=1))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_shards_hold_every_sample_once(world):
+    shards = [[i for batch in data.ShardSampler(7, 2, rank, world) for _, i in batch] for rank in range(world)]
+    assert sorted(sum(shards, [])) == list(range(7))

@@ -1,0 +1,226 @@
+"""The whole pipeline in small: every stage through train.main, one process and two, resume, errors, the README's commands."""
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import eval as evaluation
+import train
+
+SMALL = ("--steps 2 --batch 4 --workers 0 --frames 4 --shortest 48,64,16 --longest 96 --dim 32 --heads 4 --queries 9 --ffn 32 "
+         "--decoder-layers 2 --keep 6,4,2 --train-frames 2 --per-live 4 --width 32 --layers 1 --vit-heads 2 --size 48 --embedding 16 --log-every 1").split()
+
+
+@pytest.fixture(scope="session")
+def run_one(livestreams, tmp_path_factory):
+    """A run folder in which all three stages were trained by one process, two steps each."""
+    out = tmp_path_factory.mktemp("one")
+    train.main(["--data", str(livestreams), "--out", str(out), *SMALL])
+    return out
+
+
+@pytest.fixture(scope="session")
+def run_two(livestreams, tmp_path_factory):
+    """The same by two gloo processes under torchrun."""
+    out = tmp_path_factory.mktemp("two")
+    done = torchrun("train.py", "--data", livestreams, "--out", out, *SMALL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def torchrun(*command, processes=2):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+                           *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def log_of(out, stage):
+    return [json.loads(line) for line in (out / f"{stage}.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_behind(run_one):
+    results = json.loads((run_one / "results.json").read_text())
+    assert set(results) == {"sd", "md", "rice"}
+    assert set(results["md"]["results"]) == {"sd", "md1", "md"} and set(results["rice"]["results"]) == {"true", "md", "sd", "none"}
+    assert set(results["md"]["results"]["md"]["class-agnostic"]) == set(evaluation.COLUMNS_1)
+    assert results["md"]["counts"] == {"clips": 8, "frames": 32, "boxes": results["sd"]["counts"]["boxes"]}
+    assert set(results["rice"]["results"]["md"]["fused"]) == {"R1", "R5", "R10"} and results["rice"]["counts"]["gallery"] == 4
+    for stage in train.STAGES:
+        checkpoint = torch.load(run_one / f"{stage}.pt", weights_only=True)
+        assert checkpoint["step"] == 2 and checkpoint["config"]["stage"] == stage
+        assert [line["step"] for line in log_of(run_one, stage)] == [1, 2]
+    for picture in ("detections.png", "ranking.png"):
+        assert evaluation.Image.open(run_one / picture).size[0] > 400
+    assert not list(run_one.glob("*.part"))
+
+
+def test_two_processes_take_the_same_steps(run_one, run_two):
+    for stage in train.STAGES:
+        for one, two in zip(log_of(run_one, stage), log_of(run_two, stage), strict=True):
+            assert one.keys() == two.keys()
+            for name in one:
+                assert two[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), (stage, name)
+    one, two = (json.loads((out / "results.json").read_text()) for out in (run_one, run_two))
+    assert one["rice"]["counts"] == pytest.approx(two["rice"]["counts"]) or one["rice"]["counts"].keys() == two["rice"]["counts"].keys()
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_eval_alone_gives_the_same_numbers_on_any_number_of_processes(run_one, stage, tmp_path):
+    trained = json.loads((run_one / "results.json").read_text())[stage]["results"]
+    evaluation.main(["--ckpt", str(run_one / f"{stage}.pt"), "--json", str(tmp_path / "one.json"), "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "one.json").read_text())["results"] == trained
+    if stage != "sd":
+        done = torchrun("eval.py", "--ckpt", run_one / f"{stage}.pt", "--json", tmp_path / "three.json", "--out", tmp_path / "3", processes=3)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads((tmp_path / "three.json").read_text())["results"] == trained
+
+
+def test_a_second_run_says_that_all_is_done(run_one, livestreams, capsys):
+    before = {stage: (run_one / f"{stage}.pt").read_bytes() for stage in train.STAGES}
+    train.main(["--data", str(livestreams), "--out", str(run_one), *SMALL])
+    said = capsys.readouterr().out
+    assert all(f"{stage}: done before" in said for stage in train.STAGES) and "all done" in said and "Table 2" in said
+    assert before == {stage: (run_one / f"{stage}.pt").read_bytes() for stage in train.STAGES}
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_a_stopped_run_resumes_to_the_same_weights(run_one, livestreams, tmp_path, monkeypatch, stage):
+    shutil.copy(run_one / "sd.pt", tmp_path), shutil.copy(run_one / "md.pt", tmp_path)
+    options = ["--stage", stage, "--data", str(livestreams), *SMALL, "--steps", "4", "--save-every", "2"]
+    if stage == "sd":
+        (tmp_path / "sd.pt").unlink()
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        for before in tmp_path.glob("?d.pt"):
+            if before.stem != stage:
+                shutil.copy(before, tmp_path / name)
+    train.main([*options, "--out", str(tmp_path / "whole")])
+    calls, report = [], train.report
+
+    def stop_at_three(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return report(*arguments)
+    monkeypatch.setattr(train, "report", stop_at_three)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*options, "--out", str(tmp_path / "stopped")])
+    monkeypatch.setattr(train, "report", report)
+    assert torch.load(tmp_path / "stopped" / f"{stage}.pt", weights_only=True)["step"] == 2
+    train.main([*options, "--out", str(tmp_path / "stopped")])
+    whole, resumed = (torch.load(tmp_path / name / f"{stage}.pt", weights_only=True) for name in ("whole", "stopped"))
+    assert all(torch.equal(whole["model"][k], resumed["model"][k]) for k in whole["model"])
+    assert log_of(tmp_path / "whole", stage) == log_of(tmp_path / "stopped", stage)
+
+
+@pytest.mark.parametrize("command, says", [
+    (["--stage", "md"], "train it with `python train.py --stage sd`"),
+    (["--stage", "rice"], "train it with `python train.py --stage md`"),
+    (["--stage", "xx"], "--stage xx"), (["--preset", "huge"], "--preset huge"), (["--shortest", "1,2"], "--shortest"),
+    (["--stage", "sd", "--data", "nowhere"], "nowhere"), (["--stage", "sd", "--init", "nothing.pth"], "nothing.pth")])
+def test_bad_input_is_one_line_and_status_2(tmp_path, livestreams, capsys, command, says):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(tmp_path), *SMALL, *([] if "--data" in command else ["--data", str(livestreams)]), *command])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and error.startswith("error: ") and says in error and "\n" not in error
+
+
+def test_another_configuration_or_a_broken_checkpoint_is_refused(tmp_path, run_one, livestreams, capsys):
+    shutil.copy(run_one / "sd.pt", tmp_path)
+    with pytest.raises(SystemExit):
+        train.main(["--stage", "sd", "--data", str(livestreams), "--out", str(tmp_path), *SMALL, "--lr", "0.5"])
+    assert "lr: 0.001 there, 0.5 here" in capsys.readouterr().err
+    (tmp_path / "sd.pt").write_bytes(b"torn")
+    for main, arguments in ((train.main, ["--stage", "md", "--data", str(livestreams), "--out", str(tmp_path), *SMALL]),
+                            (evaluation.main, ["--ckpt", str(tmp_path / "sd.pt")])):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2 and "not a checkpoint" in capsys.readouterr().err
+
+
+def test_an_error_in_a_loader_process_is_one_line_too(tmp_path, livestreams, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(livestreams, root)
+    for path in (root / "frames").glob("*.jpg"):
+        path.unlink()
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--stage", "sd", "--data", str(root), "--out", str(tmp_path / "run"), *SMALL, "--workers", "1"])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ") and "missing" in error
+
+
+def test_learning_rate_is_a_function_of_the_step():
+    paper = train.Config(steps=20)
+    assert [round(train.learning_rate(s, paper), 3) for s in (0, 14, 15, 19)] == [1, 1, 0.1, 0.1]
+    tiny = train.configure({}, "sd")
+    assert train.learning_rate(0, tiny) == pytest.approx(1 / 50) and train.learning_rate(49, tiny) == 1
+    assert train.learning_rate(tiny.steps, tiny) == pytest.approx(0)
+
+
+def test_the_paper_preset_is_the_supplement():
+    sd, md, rice = (train.configure({"preset": "paper"}, stage) for stage in train.STAGES)
+    assert (sd.shortest, sd.longest, sd.lr, sd.backbone_lr, sd.weight_decay, sd.batch, sd.epochs, sd.drop) == ("480,800,32", 1333, 1e-4, 1e-5, 1e-4, 64, 20, 0.75)
+    assert (sd.backbone, sd.encoder_layers, sd.decoder_layers, sd.queries) == ("resnet50", 6, 6, 300)
+    assert (md.lr, md.backbone_lr, md.frames, md.keep) == (2e-4, 2e-5, 10, "80,50,30")
+    assert (rice.width, rice.patch, rice.size, rice.frames, rice.n_neg, rice.negatives) == (768, 32, 224, 10, 3, "hard")
+
+
+def test_public_weights_load_by_name_and_only_the_class_head_may_differ(tmp_path):
+    torch.manual_seed(0)
+    make = lambda classes: evaluation.build({"stage": "sd", "queries": 5, "dim": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 2, "ffn": 16,
+                                             "backbone": "resnet18", "dense": 0.0}, classes, None)
+    public, ours = make(91), make(34)
+    torch.save({"model": {f"module.{k}": v for k, v in public.state_dict().items()}}, tmp_path / "coco.pth")
+    head = ours.class_embed.weight.clone()
+    train.start_from(ours, tmp_path / "coco.pth")
+    for key, value in public.state_dict().items():
+        assert key.startswith("class_embed.") or torch.equal(ours.state_dict()[key], value)
+    assert torch.equal(ours.class_embed.weight, head)
+    body = {k: v + 1 for k, v in public.backbone[0].body.state_dict().items()} | {"fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}
+    torch.save(body, tmp_path / "resnet.pth")
+    train.start_from(ours, tmp_path / "resnet.pth")
+    assert torch.equal(ours.backbone[0].body.conv1.weight, body["conv1.weight"])
+    state = public.state_dict()
+    state.pop("input_proj.bias")
+    torch.save(state | {"stranger": torch.zeros(1)}, tmp_path / "bad.pth")
+    with pytest.raises(data.BadInput, match="input_proj.bias.*stranger"):
+        train.start_from(ours, tmp_path / "bad.pth")
+
+
+def readme_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def test_what_the_readme_says_runs(tmp_path, livestreams, monkeypatch, capsys):
+    """Every command of the README: those of the quickstart are run on small sizes, the others' flags are parsed."""
+    commands = [c for line in readme_commands() for c in line.split(" && ")]
+    assert {"pip install -r requirements.txt", "python train.py", "python -m pytest"} <= set(commands)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(livestreams, tmp_path / "runs" / "livestreams")
+    ran = 0
+    for command in commands:
+        words = shlex.split(command)
+        script = next((w for w in words if w.endswith(".py")), None)
+        arguments = words[words.index(script) + 1:] if script else []
+        if script == "train.py" and "--preset" not in arguments:
+            train.main([*arguments, *SMALL])
+        elif script == "eval.py" and "runs/tiny" in command:
+            evaluation.main(arguments)
+        elif script == "data.py":
+            data.main([arguments[0], str(tmp_path / "rendered"), *arguments[2:], "--lives", "1", "--val-lives", "0", "--test-lives", "1",
+                       "--products", "4", "--clips", "4", "--gallery", "4", "--frames", "4", "--processes", "1"])
+        elif script:
+            known = set(re.findall(r"--[a-z-]+", subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True).stdout))
+            assert set(re.findall(r"--[a-z-]+", " ".join(arguments))) <= known, command
+        ran += bool(script)
+    assert ran >= 8 and (tmp_path / "runs" / "tiny" / "results.json").exists()
