@@ -31,6 +31,7 @@ import os
 import shutil
 import sys
 import warnings
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +56,13 @@ class BadInput(Exception):
     """Something a user gave is wrong; its text is the one line the user sees (exit status 2)."""
 
 
-def one_line(error):
-    """The message of a BadInput, also of one that a loader process raised (torch wraps that one in its traceback)."""
-    return str(error).strip().splitlines()[-1].removeprefix("data.BadInput: ")
+def complain(error):
+    """Print the one line of an error that a user can mend; -> exit status 2.
+
+    An error of a loader process comes wrapped in that process's traceback: its own message is the last line.
+    """
+    print(f"error: {str(error).strip().splitlines()[-1].removeprefix('data.BadInput: ')}", file=sys.stderr)
+    return 2
 
 
 # ------------------------------------------------------------------ reading the layout
@@ -119,7 +124,8 @@ class Lives:
     """One split ("train", "val" or "test") of a data folder in the LPR4M layout; `clip(i)` parses clip i on demand.
 
     A training file is kept as one array of byte offsets; nothing grows with the number of frames.
-    categories: {raw id: name} of the training rows, in order of id; a detector's class k is the k-th of them.
+    frame_counts [clips]: annotated frames of each. Of the training rows also: product [clips] and live [clips], image ids
+    (-1: none) and live ids as numbers, and categories {raw id: name} in order of id; a detector's class k is the k-th.
     Raises BadInput naming file, row and field.
     """
 
@@ -139,7 +145,7 @@ class Lives:
         self.files = self._files("training_videoinfo_*.txt")
         if not self.files:
             raise BadInput(f"{self.root}/annotations: no training_videoinfo_*.txt; expected at least one part")
-        places, counts, self.categories, self.has_images = [], [], {}, False
+        places, self.categories, images, lives = array("q"), {}, {}, {}
         for number, path in enumerate(self.files):
             offset = 0
             with open(path, "rb") as file:
@@ -147,20 +153,20 @@ class Lives:
                     columns = line.rstrip(b"\r\n").split(b"\t")
                     if len(columns) != 11:
                         raise BadInput(f"{path}:{row}: expected 11 columns by tab, found {len(columns)}")
-                    places.append((number, row, offset))
+                    # A box list of [] was never annotated: no detector may learn from it that nothing is there.
+                    annotated = columns[2].strip() not in (b"", b"[]") and columns[1].strip() not in (b"", b"[]")
+                    image = images.setdefault(columns[3].strip(), len(images)) if columns[3].strip() else -1
+                    live = lives.setdefault(columns[0].rsplit(b"-", 2)[0], len(lives))
+                    places.extend((number, row, offset, (columns[1].count(b",") + 1) * annotated, image, live))
                     offset += len(line)
-                    # A row whose box list is [] was never annotated: no detector may learn from it that nothing is there.
-                    annotated = columns[2].strip() not in (b"", b"[]")
-                    counts.append((columns[1].count(b",") + 1) * annotated)
-                    self.has_images |= bool(columns[3].strip())
                     if columns[5].strip():
                         try:
                             self.categories[int(columns[5])] = columns[6].decode()
                         except ValueError:
                             raise BadInput(f"{path}:{row}: category id: expected a whole number, "
                                            f"found {columns[5][:40]!r}") from None
-        self.places = np.array(places, np.int64).reshape(-1, 3)
-        self.frame_counts = np.array(counts, np.int64)          # annotated frames of each clip
+        table = np.frombuffer(places, np.int64).reshape(-1, 6)
+        self.places, self.frame_counts, self.product, self.live = table[:, :3], table[:, 3], table[:, 4], table[:, 5]
         self.categories = dict(sorted(self.categories.items()))
 
     def _read_test(self):
@@ -297,39 +303,31 @@ class DetectionSet(Dataset):
     def __init__(self, lives, categories, frames, shortest, longest, train, seed=0, every_frame=True):
         self.lives, self.categories, self.frames = lives, {c: k for k, c in enumerate(categories)}, frames
         self.shortest, self.longest, self.train, self.seed = shortest, longest, train, seed
-        if train and frames == 1:                    # item i is the frame whose clip the running count of frames finds
-            self.ends = np.cumsum(lives.frame_counts)
-            self.items = range(int(self.ends[-1]) if len(self.ends) else 0)
-        elif train:
-            self.items = np.flatnonzero(lives.frame_counts)
+        counts = lives.frame_counts
+        if train:
+            self.parts = counts if frames == 1 else np.minimum(counts, 1)            # items of each clip
         else:
-            self.items = [(c, part, parts) for c in range(len(lives)) for parts in [self._parts(c, every_frame)]
-                          for part in range(parts)]
-        if train and not len(self.items):
-            raise BadInput(f"{lives.root}: no training clip has boxes, so no detector can be trained on it")
-
-    def _parts(self, c, every_frame):
-        count = int(self.lives.frame_counts[c])
-        return max(1, math.ceil(count / self.frames)) if every_frame else 1
+            self.parts = np.maximum(1, -(-counts // frames)) if every_frame else np.ones_like(counts)
+        self.ends = np.cumsum(self.parts)
+        if train and not len(self):
+            raise BadInput(f"{lives.root}: no training clip has boxes, so no detector can be trained on it; "
+                           "RICE can, on whole frames: --stage rice --view frame")
 
     def __len__(self):
-        return len(self.items)
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def _find(self, i):
+        """Item i -> its clip's number, the clip, and the places of its frames in the clip."""
+        c = int(np.searchsorted(self.ends, i, side="right"))
+        clip, part, parts = self.lives.clip(c), i - int(self.ends[c] - self.parts[c]), int(self.parts[c])
+        places = list(range(len(clip.frame_ids)))
+        if self.train and self.frames == 1:
+            return c, clip, [part]
+        return c, clip, places[part::parts] if parts > 1 else even_frames(len(places), self.frames)
 
     def __getitem__(self, key):
         epoch, i = key
-        if self.train and self.frames == 1:
-            c = int(np.searchsorted(self.ends, i, side="right"))
-            clip = self.lives.clip(c)
-            positions = [i - int(self.ends[c]) + int(self.lives.frame_counts[c])]
-        elif self.train:
-            c = int(self.items[i])
-            clip = self.lives.clip(c)
-            positions = even_frames(len(clip.frame_ids), self.frames)
-        else:
-            c, part, parts = self.items[i]
-            clip = self.lives.clip(c)
-            count = len(clip.frame_ids)
-            positions = list(range(count))[part::parts] if parts > 1 else even_frames(count, self.frames)
+        c, clip, positions = self._find(i)
         rng = np.random.default_rng((self.seed, epoch, i))
         low, high, step = self.shortest
         side = low + step * int(rng.integers((high - low) // step + 1)) if self.train else high
@@ -436,26 +434,16 @@ class PairSet(Dataset):
             raise BadInput(f"--view {view} needs boxes; without a detector use --view frame")
         self.lives, self.tokenizer, self.frames, self.size, self.grid = lives, tokenizer, frames, size, grid
         self.view, self.boxes, self.train, self.seed = view, boxes, train, seed
-        self.images, self.image_number = [], {}
-        if train:
-            self.clips, self.products, self.live_of = [], [], []
-            for c in range(len(lives)):
-                clip = lives.clip(c)
-                if clip.image_ids:
-                    self.clips.append(c)
-                    self.products.append(self.image_number.setdefault(clip.image_ids[0], len(self.image_number)))
-                    self.live_of.append(clip.live_id)
-            if not self.clips:
-                raise BadInput(f"{lives.root}: no training clip names a shop image, so RICE cannot be trained on it")
-        else:
-            self.clips = list(range(len(lives)))
+        self.clips = np.flatnonzero(lives.product >= 0) if train else np.arange(len(lives))
+        if train and not len(self.clips):
+            raise BadInput(f"{lives.root}: no training clip names a shop image, so RICE cannot be trained on it")
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, key):
         epoch, i = key
-        c = self.clips[i]
+        c = int(self.clips[i])
         clip = self.lives.clip(c)
         rng = np.random.default_rng((self.seed, epoch, i))
         if not clip.frame_ids:
@@ -477,7 +465,7 @@ class PairSet(Dataset):
         if self.train:
             image = self.lives.read("images", clip.image_ids[0])
             item["image"] = self._augment(TF.resize(image, (self.size, self.size), antialias=True), rng)
-            item["product"] = self.products[i]
+            item["product"] = int(self.lives.product[c])
         return item
 
     def _view(self, image, box, rng):
@@ -543,7 +531,7 @@ def live_by_live(live_of, per_live):
     """Order of one epoch for RICE: groups of `per_live` clips of one live, so that a batch holds same-shop negatives."""
     lives = {}
     for i, live in enumerate(live_of):
-        lives.setdefault(live, []).append(i)
+        lives.setdefault(int(live), []).append(i)
 
     def order(rng):
         groups = []
@@ -938,9 +926,8 @@ def main(argv=None):
         if not 1 <= options["categories"] <= len(CATEGORIES) or min(options["frames"], options["products"], options["gallery"]) < 4:
             raise BadInput(f"--categories is 1 to {len(CATEGORIES)}; --frames, --products and --gallery are at least 4")
         render(options.pop("dir"), **options)
-    except BadInput as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    except (BadInput, OSError) as error:
+        sys.exit(complain(error))
 
 
 if __name__ == "__main__":

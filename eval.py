@@ -184,7 +184,10 @@ def restore(checkpoint, device):
     """The model of a checkpoint, in evaluation mode."""
     tokenizer = data.Tokenizer(bytes(checkpoint["tokenizer"].tolist())) if "tokenizer" in checkpoint else None
     model = build(checkpoint["config"], len(checkpoint["categories"]), tokenizer and tokenizer.vocab)
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise BadInput(f"the checkpoint's weights do not fit its configuration: {str(error).splitlines()[-1].strip()}") from None
     return model.to(device).eval(), tokenizer
 
 
@@ -551,29 +554,37 @@ def _wrapped(text, width, kind):
 
 
 def ranking_picture(shown, lives, path, clips=5, side=132):
-    """A few clips (three frames, their boxes, the ASR), and the first five shop images of each: green right, red wrong."""
-    rows, kind = [], font(11)
+    """A few clips (three frames with their boxes, the ASR below), and the first five shop images of each with their titles.
+
+    Right images have a green border, wrong ones a red one (like Figures 1 and 2 of the supplement). Saved to `path`.
+    """
+    kind, rows = font(11), []
+
+    def cell(picture, text, border, width=1):
+        sheet = Image.new("RGB", (side * width + 4 * (width - 1), side + 32), (255, 255, 255))
+        sheet.paste(picture, (0, 0))
+        draw = ImageDraw.Draw(sheet)
+        if border:
+            draw.rectangle([0, 0, side - 1, side - 1], outline=border, width=4)
+        draw.multiline_text((2, side + 2), _wrapped(text, sheet.width - 4, kind), (60, 60, 60), kind, spacing=2)
+        return sheet
+
     for q in np.linspace(0, len(lives) - 1, min(clips, len(lives))).astype(int):
-        clip, cells = lives.clip(int(q)), []
-        boxes = shown["boxes"]
+        clip, boxes, frames = lives.clip(int(q)), shown["boxes"], []
         positions = boxes["position"][boxes["start"][q]:boxes["start"][q + 1]] if boxes else np.arange(len(clip.frame_ids))
         for j in data.even_frames(len(positions), 3):
             frame = open_picture(lives, "frames", clip.frame_ids[int(positions[j])])
             if boxes:
                 x1, y1, x2, y2 = boxes["box"][boxes["start"][q] + j, :4]
-                ImageDraw.Draw(frame).rectangle([x1, y1, x2, y2], outline=COLOURS["md"])
-            cells.append(frame.resize((side, side)))
-        text = Image.new("RGB", (side + 30, side), (255, 255, 255))
-        ImageDraw.Draw(text).multiline_text((4, 2), _wrapped(f"“{clip.asr}”", side + 20, kind), (60, 60, 60), kind)
-        cells.append(text)
+                ImageDraw.Draw(frame).rectangle([x1, y1, x2, y2], outline=COLOURS["md"], width=max(1, min(frame.size) // 96))
+            frames.append(frame.resize((side, side)))
+        cells = [cell(_join(frames, 0), f"“{clip.asr}”" if clip.asr else "", None, 3)] if frames else []
         score = np.where(shown["gallery"][q], shown["score"][q], -np.inf)
         for m in np.argsort(-score, kind="stable")[:min(5, int(shown["gallery"][q].sum()))]:
-            cell = Image.new("RGB", (side, side), (40, 160, 60) if shown["positive"][q, m] else (205, 50, 45))
-            cell.paste(open_picture(lives, "images", shown["ids"][m]).resize((side - 8, side - 8)), (4, 4))
-            ImageDraw.Draw(cell).multiline_text((6, 6), _wrapped(lives.titles.get(shown["ids"][m], ""), side - 12, kind), (60, 60, 60), kind)
-            cells.append(cell)
+            picture = open_picture(lives, "images", shown["ids"][m]).resize((side, side))
+            cells.append(cell(picture, lives.titles.get(shown["ids"][m], ""), (40, 160, 60) if shown["positive"][q, m] else (205, 50, 45)))
         rows.append(_join(cells, 0))
-    _join(rows, 1, gap=8).save(path)
+    _join(rows, 1).save(path)
     return path
 
 
@@ -633,9 +644,8 @@ def main(argv=None):
         result = evaluate(options.ckpt, options.data, options.split, options.out, options.workers)
         if options.json and is_first():
             write_json(options.json, result)
-    except BadInput as error:
-        print(f"error: {data.one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    except (BadInput, OSError) as error:
+        sys.exit(data.complain(error))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -98,9 +98,9 @@ PRESETS = {
         "all": {"workers": 1, "save_every": 100, "log_every": 20, "frames": 8, "shortest": "80,96,16", "longest": 176,
                 "schedule": "cosine", "drop": 0.5, "clip_norm": 1.0, "backbone": "small", "dim": 128, "heads": 4,
                 "encoder_layers": 1, "decoder_layers": 3, "ffn": 256, "queries": 16, "dense": 1.0, "keep": "12,8,4"},
-        "sd": {"steps": 1000, "batch": 32, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 50},
-        "md": {"steps": 300, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
-        "rice": {"steps": 420, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1, "weight_decay": 0.05,
+        "sd": {"steps": 850, "batch": 32, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 50},
+        "md": {"steps": 250, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
+        "rice": {"steps": 400, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1, "weight_decay": 0.05,
                  "clip_norm": 5.0, "train_frames": 3, "per_live": 24, "width": 128, "layers": 2, "vit_heads": 4, "patch": 0,
                  "size": 64, "embedding": 128}},
 }
@@ -156,7 +156,7 @@ def prepare(config, device):
             kept["detector"] = {name: detector[name] for name in ("config", "categories", "model")}
             boxes = evaluation.seen_through(evaluation.predicted_boxes(detector, lives, config.out, device), config.boxes, len(lives))
         samples = data.PairSet(lives, tokenizer, config.train_frames, config.size, model.visual.grid, config.view, boxes, True, config.seed)
-        return model, kept, samples, data.live_by_live(samples.live_of, config.per_live), data.collate_pairs
+        return model, kept, samples, data.live_by_live(lives.live[samples.clips], config.per_live), data.collate_pairs
     if config.stage == "md":
         base = finished(config, "sd")
         if base["config"]["dim"] % 4 or list(base["categories"]) != list(lives.categories):
@@ -276,29 +276,28 @@ def train(config, rank, world, device):
         wrapped = DistributedDataParallel(wrapped, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
     sampler = data.StepSampler(order, config.batch, config.steps, start, config.seed, rank, world)
     batches = DataLoader(samples, batch_sampler=sampler, num_workers=config.workers, collate_fn=collate, pin_memory=device.type == "cuda")
-    bar = tqdm(total=config.steps * config.batch, initial=start * config.batch, desc=f"train {config.stage}", disable=rank > 0,
-               unit="frame" if config.stage == "sd" else "clip", mininterval=1)
-    for step, batch in enumerate(batches, start):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate(step, config)
-        loss, terms = wrapped(ready(batch, config, device, step))
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
-        optimizer.step()
-        bar.update(config.batch)
-        last = step + 1 == config.steps
-        if (step + 1) % config.log_every == 0 or last:
-            line = report(loss, terms, norm, world)
-            if not all(math.isfinite(value) for value in line.values()):
-                raise BadInput(f"{config.stage} step {step + 1}: not finite: {line}; {path} holds the last good step; try a lower --lr")
-            bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "norm"})
-            if rank == 0:
+    with tqdm(total=config.steps * config.batch, initial=start * config.batch, desc=f"train {config.stage}", disable=rank > 0,
+              unit="frame" if config.stage == "sd" else "clip", mininterval=1) as bar:
+        for step, batch in enumerate(batches, start):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(step, config)
+            loss, terms = wrapped(ready(batch, config, device, step))
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
+            optimizer.step()
+            bar.update(config.batch)
+            log_it, save_it = ((step + 1) % every == 0 or step + 1 == config.steps for every in (config.log_every, config.save_every))
+            if log_it or save_it:
+                line = report(loss, terms, norm, world)
+                if not all(math.isfinite(value) for value in line.values()):
+                    raise BadInput(f"{config.stage} step {step + 1}: not finite: {line}; {path} holds the last good step; try a lower --lr")
+                bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "norm"})
+            if log_it and rank == 0:
                 with open(log, "a") as file:
                     file.write(json.dumps({"step": step + 1, "lr": config.lr * learning_rate(step, config)} | line) + "\n")
-        if rank == 0 and ((step + 1) % config.save_every == 0 or last):
-            save(path, {"config": vars(config) | shapes(config), "step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | kept)
-    bar.close()
+            if save_it and rank == 0:
+                save(path, {"config": vars(config) | shapes(config), "step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | kept)
     if world > 1:
         dist.barrier()
     return True
@@ -342,7 +341,10 @@ def run(given):
         if world > 1:
             dist.barrier()
     path = Path(configs[0].out) / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        results = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        raise BadInput(f"{path}: not JSON; remove it, and every stage is evaluated again") from None
     for config in configs:
         trained = train(config, rank, world, device)
         if trained or config.stage not in results:
@@ -366,9 +368,11 @@ def main(argv=None):
                            help=f"{item.metadata['help']} [{'all' if item.name == 'stage' else item.default}]")
     try:
         run(vars(parser.parse_args(argv)))
-    except BadInput as error:
-        print(f"error: {data.one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    except (BadInput, OSError) as error:
+        sys.exit(data.complain(error))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -12,6 +12,10 @@ sys.path.insert(0, str(ROOT))
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities of TorchVision")
+
+
 def golden(name):
     return torch.load(GOLDEN / name, weights_only=True) if name.endswith(".pt") else np.load(GOLDEN / name)
 

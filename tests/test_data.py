@@ -79,7 +79,7 @@ def test_bad_rows_say_file_row_and_field(tmp_path, livestreams, column, value, s
     path.write_text("\n".join(rows) + "\n")
     with pytest.raises(BadInput, match=says) as error:
         data.Lives(root, "train").clip(2)
-    assert f"{path}:3" in str(error.value) and "\n" not in data.one_line(error.value)
+    assert f"{path}:3" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_python_list_and_boxes_of_every_form_are_read(tmp_path, livestreams):
@@ -133,8 +133,7 @@ def test_detection_samples_are_a_function_of_seed_epoch_and_number(livestreams):
 def test_batches_pad_frames_clips_and_boxes(livestreams):
     lives = data.Lives(livestreams, "test")
     samples = data.DetectionSet(lives, data.Lives(livestreams, "train").categories, 3, (48, 48, 16), 100, False)
-    parts = [samples.items[i] for i in range(2)]
-    assert parts == [(0, 0, 2), (0, 1, 2)]                                      # 4 frames, 3 at a time: two parts that interleave
+    assert len(samples) == 16                                                   # 4 frames, 3 at a time: two parts that interleave
     batch = data.collate_detection([samples[(0, i)] for i in range(2)] + [{**samples[(0, 2)], "frames": samples[(0, 2)]["frames"][:1]}])
     assert batch["frames"].shape == (3, 2, 3, 48, 48) and batch["position"].tolist()[:2] == [[0, 2], [1, 3]]
     assert batch["valid"].tolist() == [[True, True], [True, True], [True, False]]
@@ -182,7 +181,7 @@ def test_tokenizer_of_nothing_and_of_text():
 
 
 def test_order_depends_on_seed_and_step_alone():
-    order = data.live_by_live([f"live{i // 6}" for i in range(18)], 3)
+    order = data.live_by_live([i // 6 for i in range(18)], 3)
     whole = list(data.StepSampler(order, 6, 7))
     assert whole[4:] == list(data.StepSampler(order, 6, 7, start=4))                              # a resumed run goes on
     halves = zip(*(data.StepSampler(order, 6, 7, rank=r, world=2) for r in (0, 1)))

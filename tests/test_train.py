@@ -67,20 +67,30 @@ def test_two_processes_take_the_same_steps(run_one, run_two):
         for one, two in zip(log_of(run_one, stage), log_of(run_two, stage), strict=True):
             assert one.keys() == two.keys()
             for name in one:
-                assert two[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), (stage, name)
-    one, two = (json.loads((out / "results.json").read_text()) for out in (run_one, run_two))
-    assert one["rice"]["counts"] == pytest.approx(two["rice"]["counts"]) or one["rice"]["counts"].keys() == two["rice"]["counts"].keys()
+                # The first step starts from the same weights; AdamW then magnifies rounding where a gradient is nearly zero.
+                near = 2e-5 if one["step"] == 1 and stage == "sd" else 5e-4
+                assert two[name] == pytest.approx(one[name], rel=near, abs=1e-6), (stage, name)
+
+
+def same(ours, theirs):
+    """Two results, number by number; other batches round other last digits of a score, nothing more."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            same(ours[key], theirs[key])
+    else:
+        assert ours == (pytest.approx(theirs, rel=1e-5) if theirs is not None else None)
 
 
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_eval_alone_gives_the_same_numbers_on_any_number_of_processes(run_one, stage, tmp_path):
     trained = json.loads((run_one / "results.json").read_text())[stage]["results"]
     evaluation.main(["--ckpt", str(run_one / f"{stage}.pt"), "--json", str(tmp_path / "one.json"), "--out", str(tmp_path)])
-    assert json.loads((tmp_path / "one.json").read_text())["results"] == trained
+    same(json.loads((tmp_path / "one.json").read_text())["results"], trained)
     if stage != "sd":
         done = torchrun("eval.py", "--ckpt", run_one / f"{stage}.pt", "--json", tmp_path / "three.json", "--out", tmp_path / "3", processes=3)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert json.loads((tmp_path / "three.json").read_text())["results"] == trained
+        same(json.loads((tmp_path / "three.json").read_text())["results"], trained)
 
 
 def test_a_second_run_says_that_all_is_done(run_one, livestreams, capsys):
@@ -111,8 +121,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(run_one, livestreams, tmp_pat
             raise KeyboardInterrupt
         return report(*arguments)
     monkeypatch.setattr(train, "report", stop_at_three)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         train.main([*options, "--out", str(tmp_path / "stopped")])
+    assert stop.value.code == 130
     monkeypatch.setattr(train, "report", report)
     assert torch.load(tmp_path / "stopped" / f"{stage}.pt", weights_only=True)["step"] == 2
     train.main([*options, "--out", str(tmp_path / "stopped")])
