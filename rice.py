@@ -288,7 +288,7 @@ def pfr_loss(maps, head, clip_patches, image_patches, padding):
 
 
 class RICE(nn.Module):
-    """The three losses over one shared image encoder, with text; `forward` is what training and inference share.
+    """One image encoder for both views, with text, and the three losses; `forward` is what training and inference share.
 
     vit: arguments of ViT. vocab: size of the tokenizer. negatives: "hard" or "rand". losses: which of icl, pmd, pfr.
     """
@@ -332,10 +332,14 @@ class RICE(nn.Module):
         here = (F.pad(keep, (1, 0), value=True) & valid[..., None]).flatten(1)                   # [B,T*(1+P)]
         return F.normalize(embedding, dim=-1), tokens, F.pad(~here, (0, 1), value=False)         # [B,D], [B,R,W], [B,R]
 
+    def forward(self, image, title, frames, keep, valid, asr):
+        """Both views of B pairs: what encode_images and what encode_clips gives; their embeddings' product is the ranking."""
+        return self.encode_images(image, title), self.encode_clips(frames, keep, valid, asr)
+
     def loss(self, batch):
         """A batch of collate_pairs (pictures as normalised floats; "seed" of this step's draw) -> loss and its terms."""
-        image, image_tokens = self.encode_images(batch["image"], batch["title"])                 # [B,D], [B,Q,W]
-        clip, clip_tokens, padding = self.encode_clips(batch["frames"], batch["keep"], batch["valid"], batch["asr"])
+        views = self(*(batch[name] for name in ("image", "title", "frames", "keep", "valid", "asr")))
+        (image, image_tokens), (clip, clip_tokens, padding) = views                              # [B,D], [B,Q,W], [B,D], [B,R,W]
         loss = icl_loss(clip, image, self.scale(), batch["product"])
         terms = {"icl": loss.detach(), "scale": self.scale().detach()}
         if "pmd" in self.losses:
