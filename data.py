@@ -17,7 +17,7 @@
     video_id = live_id-start_ms-end_ms,  frame_id = video_id-index.  A live id may hold hyphens itself.
 
 Data flow:  Lives (rows of text) -> Clip (ids, boxes, texts) -> DetectionSet or PairSet (tensors of one sample)
-            -> collate_* (padded batches) by StepSampler, in an order that is a function of (seed, step) alone.
+            -> batches (collate_detection pads) by StepSampler, in an order that is a function of (seed, step) alone.
 
 Letters: B batch, T frames, M boxes of a frame, H W pixels, S side of a square view, P patches, N tokens of a text.
 """
@@ -56,13 +56,17 @@ class BadInput(Exception):
     """Something a user gave is wrong; its text is the one line the user sees (exit status 2)."""
 
 
-def complain(error):
-    """Print the one line of an error that a user can mend; -> exit status 2.
-
-    An error of a loader process comes wrapped in that process's traceback: its own message is the last line.
-    """
-    print(f"error: {str(error).strip().splitlines()[-1].removeprefix('data.BadInput: ')}", file=sys.stderr)
-    return 2
+def guarded(command, *arguments):
+    """Run a command; what a user can mend ends in one line on stderr and status 2, Ctrl-C in one line and 130."""
+    try:
+        return command(*arguments)
+    except (BadInput, OSError) as error:
+        # An error of a loader process comes wrapped in that process's traceback: its own message is the last line.
+        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('data.BadInput: ')}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last thing saved", file=sys.stderr)
+        sys.exit(130)
 
 
 # ------------------------------------------------------------------ reading the layout
@@ -82,50 +86,52 @@ class Clip:
     asr: str
     kinds: list | None = None
 
-    @property
-    def live_id(self):
-        return self.video_id.rsplit("-", 2)[0]
+
+def live_of(video_id):
+    """The live of a clip; ids are split from the right, for a live id may hold hyphens itself."""
+    return video_id.rsplit("-", 2)[0]
 
 
 def _literal(text, where):
     """A list written as JSON or as a Python literal; never evaluated as code."""
-    try:
-        value = json.loads(text)
-    except ValueError:
+    for read in (json.loads, ast.literal_eval):
         try:
-            value = ast.literal_eval(text)
+            value = read(text)
+            break
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise BadInput(f"{where}: expected a list such as [\"a\", \"b\"], found {text[:40]!r}") from None
+            value = None
     if not isinstance(value, list):
-        raise BadInput(f"{where}: expected a list, found {text[:40]!r}")
+        raise BadInput(f"{where}: expected a list such as [\"a\", \"b\"], found {text[:40]!r}")
     return value
 
 
 def _safe_id(name, where):
     """An id becomes a file name, so it must not lead out of its folder."""
-    if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0"):
-        raise BadInput(f"{where}: {str(name)[:60]!r} is not an id (no '/', no leading '.', not empty)")
+    if not isinstance(name, str) or not name.isprintable() or not name or name[0] == "." or "/" in name or "\\" in name:
+        raise BadInput(f"{where}: {ascii(name)[:60]} is not an id (a text without '/' and leading '.')")
     return name
 
 
 def _boxes(entry, category, where):
-    """Boxes of one frame, from one flat box or a list of boxes of 4 or 5 numbers; zeros or nothing mean no box."""
-    rows = [entry] if entry and not isinstance(entry[0], list) else entry or []
+    """Boxes of one frame [n,5], from one flat box or a list of boxes of 4 or 5 numbers; zeros or nothing: no box."""
+    rows = entry if isinstance(entry, list) else [entry]
+    rows = rows if all(isinstance(row, list) for row in rows) else [rows]
     out = []
     for row in rows:
-        if len(row) not in (4, 5) or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in row):
+        if row and (len(row) not in (4, 5) or not all(type(v) in (int, float) and abs(v) < 2 ** 53 for v in row)):
             raise BadInput(f"{where}: expected x1, y1, x2, y2 and perhaps a category, found {str(row)[:60]}")
-        if row[2] > row[0] and row[3] > row[1]:
+        if row and row[2] > row[0] and row[3] > row[1]:
             out.append([*row[:4], row[4] if len(row) == 5 else category])
-    return np.asarray(out, np.float32).reshape(-1, 5)
+    return np.asarray(out, np.float64).reshape(-1, 5)
 
 
 class Lives:
     """One split ("train", "val" or "test") of a data folder in the LPR4M layout; `clip(i)` parses clip i on demand.
 
     A training file is kept as one array of byte offsets; nothing grows with the number of frames.
-    frame_counts [clips]: annotated frames of each. Of the training rows also: product [clips] and live [clips], image ids
-    (-1: none) and live ids as numbers, and categories {raw id: name} in order of id; a detector's class k is the k-th.
+    lengths [clips]: frames of each; frame_counts [clips]: the annotated ones. Of the training rows also: product [clips]
+    and live [clips], image ids (-1: none) and live ids as numbers, and categories {raw id: name} in order of id; a
+    detector's class k is the k-th. A test clip is any that has an ASR row, a true image or a true box; none is left out.
     Raises BadInput naming file, row and field.
     """
 
@@ -134,15 +140,14 @@ class Lives:
         if not (self.root / "annotations").is_dir():
             raise BadInput(f"{self.root}: no annotations/ folder; make one with `python data.py render {self.root}`")
         self._index_training() if split == "train" else self._read_test()
+        if not len(self):
+            raise BadInput(f"{self.root}/annotations: no clips in the {split} split")
 
     def __len__(self):
-        return len(self.frame_counts)
-
-    def _files(self, pattern):
-        return sorted((self.root / "annotations").glob(pattern))
+        return len(self.lengths)
 
     def _index_training(self):
-        self.files = self._files("training_videoinfo_*.txt")
+        self.files = sorted((self.root / "annotations").glob("training_videoinfo_*.txt"))
         if not self.files:
             raise BadInput(f"{self.root}/annotations: no training_videoinfo_*.txt; expected at least one part")
         places, self.categories, images, lives = array("q"), {}, {}, {}
@@ -153,72 +158,82 @@ class Lives:
                     columns = line.rstrip(b"\r\n").split(b"\t")
                     if len(columns) != 11:
                         raise BadInput(f"{path}:{row}: expected 11 columns by tab, found {len(columns)}")
+                    length = columns[1].count(b",") + (columns[1].strip(b" []") != b"")
                     # A box list of [] was never annotated: no detector may learn from it that nothing is there.
-                    annotated = columns[2].strip() not in (b"", b"[]") and columns[1].strip() not in (b"", b"[]")
+                    annotated = columns[2].translate(None, b" ") not in (b"", b"[]")
                     image = images.setdefault(columns[3].strip(), len(images)) if columns[3].strip() else -1
                     live = lives.setdefault(columns[0].rsplit(b"-", 2)[0], len(lives))
-                    places.extend((number, row, offset, (columns[1].count(b",") + 1) * annotated, image, live))
+                    places.extend((number, row, offset, length, length * annotated, image, live))
                     offset += len(line)
                     if columns[5].strip():
-                        try:
-                            self.categories[int(columns[5])] = columns[6].decode()
-                        except ValueError:
-                            raise BadInput(f"{path}:{row}: category id: expected a whole number, "
-                                           f"found {columns[5][:40]!r}") from None
-        table = np.frombuffer(places, np.int64).reshape(-1, 6)
-        self.places, self.frame_counts, self.product, self.live = table[:, :3], table[:, 3], table[:, 4], table[:, 5]
+                        if not columns[5].strip().isdigit():
+                            raise BadInput(f"{path}:{row}: category id: expected a whole number, found {columns[5][:40]!r}")
+                        self.categories[int(columns[5])] = columns[6].decode(errors="replace")
+        table = np.frombuffer(places, np.int64).reshape(-1, 7)
+        self.places, self.lengths, self.frame_counts, self.product, self.live = table[:, :3], *table[:, 3:].T
         self.categories = dict(sorted(self.categories.items()))
 
+    def _file(self, name):
+        """The one file of this split whose name fits, and its text; (None, "") when there is none."""
+        paths = sorted((self.root / "annotations").glob(f"{self.split}_{name}"))
+        if len(paths) > 1:
+            raise BadInput(f"{paths[0]} and {paths[1].name}: which one? keep one file named {self.split}_{name}")
+        try:
+            return (paths[0], paths[0].read_text(encoding="utf-8")) if paths else (None, "")
+        except UnicodeDecodeError:
+            raise BadInput(f"{paths[0]}: expected UTF-8 text") from None
+
+    def _table(self, name):
+        """{id: text} of a file of rows by tab."""
+        path, text = self._file(name)
+        rows = [line.rstrip("\r").split("\t", 1) for line in text.split("\n")]
+        return {_safe_id(fields[0], f"{path}:{row}: id"): fields[1].strip() if len(fields) > 1 else ""
+                for row, fields in enumerate(rows, 1) if fields != [""]}
+
+    def _mapping(self, name, kind):
+        """{id: list} of a JSON file, every list of ids checked when kind is str."""
+        path, text = self._file(name)
+        try:
+            value = json.loads(text or "{}")
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path}: not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise BadInput(f"{path}: expected an object {{id: ...}}, found {type(value).__name__}")
+        for key, ids in value.items() if kind is str else ():
+            if not isinstance(ids, list):
+                raise BadInput(f"{path}: {key}: expected a list of image ids, found {str(ids)[:40]!r}")
+            for image_id in ids:
+                _safe_id(image_id, f"{path}: {key}")
+        return value
+
     def _read_test(self):
-        def table(name):
-            path = (self._files(f"{self.split}_{name}_*.txt") or [None])[0]
-            if path is None:
-                raise BadInput(f"{self.root}/annotations: no {self.split}_{name}_*.txt")
-            rows = [line.split("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            for row, fields in enumerate(rows, 1):
-                _safe_id(fields[0], f"{path}:{row}: id")
-            return {fields[0]: fields[1].strip() if len(fields) > 1 else "" for fields in rows}
-
-        def mapping(name):
-            path = (self._files(f"{self.split}_{name}_*.json") or [None])[0]
-            try:
-                value = json.loads(path.read_text(encoding="utf-8")) if path else {}
-            except ValueError as error:
-                raise BadInput(f"{path}: not JSON: {error}") from None
-            if not isinstance(value, dict):
-                raise BadInput(f"{path}: expected an object {{id: ...}}, found {type(value).__name__}")
-            return value, path
-
-        self.asr, self.titles = table("videoid_asr"), table("image_title")
-        self.positives, positives_path = mapping("videoid_to_gtimage")
-        self.galleries, galleries_path = mapping("liveid_to_gallery")
-        for path, lists in ((positives_path, self.positives), (galleries_path, self.galleries)):
-            for key, ids in lists.items():
-                for image_id in ids:
-                    _safe_id(image_id, f"{path}: {key}")
-        self.truth, self.truth_path = mapping("frameid2gtbox")
-        self.kinds, _ = mapping("frameid2kind")
-        self.video_ids = list(self.asr)
-        self.members = {(name, value): set(path.read_text().split()) for name, values in SPLITS.items() for value in values
-                        for path in self._files(f"{self.split}_{name}_{value}.txt")}
-        frames, source = {video_id: [] for video_id in self.video_ids}, self.truth
-        if not source and (self.root / "frames").is_dir():      # data without boxes: the folder says which frames exist
-            source = [Path(name).stem for _, _, names in os.walk(self.root / "frames") for name in names]
+        self.asr, self.titles = self._table("videoid_asr_*.txt"), self._table("image_title_*.txt")
+        self.positives, self.galleries = self._mapping("videoid_to_gtimage_*.json", str), self._mapping("liveid_to_gallery_*.json", str)
+        self.truth, self.kinds = self._mapping("frameid2gtbox_*.json", list), self._mapping("frameid2kind_*.json", None)
+        self.members = {(name, value): set(self._file(f"{name}_{value}.txt")[1].split()) for name, values in SPLITS.items() for value in values}
+        frames = {video_id: [] for video_id in [*self.asr, *self.positives]}
+        source = list(self.truth)
+        if not source:                                          # data without boxes: the folder says which frames exist
+            source = [name[:-4] for _, _, names in os.walk(self.root / "frames") for name in names if name.endswith((".jpg", ".png"))]
         for frame_id in source:
-            _safe_id(frame_id, f"{self.truth_path}: frame id")
-            frames.get(frame_id.rsplit("-", 1)[0], []).append(frame_id)
-        self.frames = {v: sorted(ids, key=lambda f: int(f.rsplit("-", 1)[1])) for v, ids in frames.items()}
-        self.frame_counts = np.array([len(self.frames[v]) * bool(self.truth) for v in self.video_ids], np.int64)
+            video_id, _, index = _safe_id(frame_id, f"{self.root}: frame id").rpartition("-")
+            if not index.isdecimal():
+                raise BadInput(f"{self.root}: frame id {frame_id[:60]!r}: expected video_id-index, with a whole number for index")
+            if self.truth or video_id in frames:                # frames of the training clips lie in the same folder
+                frames.setdefault(video_id, []).append(frame_id)
+        self.video_ids = [_safe_id(video_id, f"{self.root}: video id") for video_id in frames]
+        self.frames = {v: sorted(ids, key=lambda f: int(f.rpartition("-")[2])) for v, ids in frames.items()}
+        self.lengths = np.array([len(self.frames[v]) for v in self.video_ids], np.int64)
+        self.frame_counts = self.lengths * bool(self.truth)
 
     def clip(self, i):
         """Clip i, parsed from its row (train) or put together from the test files."""
         if self.split != "train":
             video_id = self.video_ids[i]
-            frame_ids = self.frames[video_id]
-            boxes = [_boxes(self.truth[f], -1, f"{self.truth_path}: {f}") for f in frame_ids] if self.truth else None
-            images = self.positives.get(video_id, [])
+            frame_ids, images = self.frames[video_id], self.positives.get(video_id, [])
+            boxes = [_boxes(self.truth[f], -1, f"{self.root}: true boxes of {f}") for f in frame_ids] if self.truth else None
             return Clip(video_id, frame_ids, boxes, images, self.titles.get(images[0], "") if images else "",
-                        self.asr[video_id], [self.kinds[f] for f in frame_ids] if self.kinds else None)
+                        self.asr.get(video_id, ""), [str(self.kinds.get(f, "")) for f in frame_ids] if self.kinds else None)
         number, row, offset = self.places[i]
         where = f"{self.files[number]}:{row}"
         with open(self.files[number], "rb") as file:
@@ -229,7 +244,9 @@ class Lives:
                 raise BadInput(f"{where}: expected UTF-8 text") from None
         _safe_id(columns[0], f"{where}: video_id")
         frame_ids = [_safe_id(f, f"{where}: frame_id list") for f in _literal(columns[1], f"{where}: frame_id list")]
-        boxes = _literal(columns[2] or "[]", f"{where}: box list") or None
+        if len(frame_ids) != self.lengths[i]:
+            raise BadInput(f"{where}: frame_id list: {len(frame_ids)} ids, but commas for {self.lengths[i]}")
+        boxes = _literal(columns[2] or "[]", f"{where}: box list") if self.frame_counts[i] else None
         if boxes is not None and len(boxes) != len(frame_ids):
             raise BadInput(f"{where}: {len(frame_ids)} frames but {len(boxes)} entries in the box list")
         if boxes is not None:
@@ -241,12 +258,13 @@ class Lives:
     def read(self, folder, name):
         """The picture `name` of frames/ or images/ as uint8 [3,H,W]; BadInput when it is missing or broken."""
         base = self.root / folder
-        for path in (base / f"{name}.jpg", base / f"{name}.png", base / name[:2] / f"{name}.jpg", base / name[:2] / f"{name}.png"):
-            if path.exists():
+        for path in (f"{base}/{shard}{name}.{ending}" for shard in ("", f"{name[:2]}/") for ending in ("jpg", "png")):
+            if os.path.exists(path):
                 try:
-                    return torchvision.io.decode_image(torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB)
+                    image = torchvision.io.decode_image(torchvision.io.read_file(path), torchvision.io.ImageReadMode.RGB)
                 except RuntimeError:
                     raise BadInput(f"{path}: not a readable JPEG or PNG") from None
+                return TF.to_dtype(image, torch.uint8, scale=True)              # a PNG may hold 16 bits
         raise BadInput(f"{base}/{name}.jpg: missing (nor .png, nor under {name[:2]}/)")
 
 
@@ -261,13 +279,16 @@ def even_frames(count, frames):
 def train_tokenizer(texts, vocab=2000):
     """A sentencepiece model (its bytes) of the training texts; b"" when there is no text at all."""
     import sentencepiece
-    texts = [t for t in texts if t]
+    texts = [t for t in texts if t.strip()]
     if not texts:
         return b""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab, hard_vocab_limit=False, pad_id=3,
-        input_sentence_size=500_000, num_threads=1, minloglevel=2)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab, hard_vocab_limit=False, pad_id=3,
+            max_sentence_length=2 ** 20, input_sentence_size=500_000, num_threads=1, minloglevel=2)
+    except RuntimeError as error:
+        raise BadInput(f"the training texts (ASR and titles) do not make a vocabulary: {str(error).splitlines()[-1]}") from None
     return model.getvalue()
 
 
@@ -303,11 +324,10 @@ class DetectionSet(Dataset):
     def __init__(self, lives, categories, frames, shortest, longest, train, seed=0, every_frame=True):
         self.lives, self.categories, self.frames = lives, {c: k for k, c in enumerate(categories)}, frames
         self.shortest, self.longest, self.train, self.seed = shortest, longest, train, seed
-        counts = lives.frame_counts
-        if train:
-            self.parts = counts if frames == 1 else np.minimum(counts, 1)            # items of each clip
+        if train:                                                                    # items of each clip
+            self.parts = lives.frame_counts if frames == 1 else np.minimum(lives.frame_counts, 1)
         else:
-            self.parts = np.maximum(1, -(-counts // frames)) if every_frame else np.ones_like(counts)
+            self.parts = -(-lives.lengths // frames) if every_frame else np.minimum(lives.lengths, 1)
         self.ends = np.cumsum(self.parts)
         if train and not len(self):
             raise BadInput(f"{lives.root}: no training clip has boxes, so no detector can be trained on it; "
@@ -354,11 +374,11 @@ class DetectionSet(Dataset):
         xyxy = torch.as_tensor(rows[:, :4]) / torch.tensor([width, height, width, height])
         xyxy = xyxy.clamp(0, 1).float()
         kept = ((xyxy[:, 2:] - xyxy[:, :2]) > 0).all(1)
-        unknown = [c for c in rows[:, 4] if c >= 0 and c not in self.categories]
+        unknown = [int(c) for c in rows[:, 4] if c not in self.categories]
         if unknown:
-            raise BadInput(f"{self.lives.root}: category {int(unknown[0])} of {self.lives.split} is not among the "
-                           f"training categories {list(self.categories)[:40]}")
-        labels = torch.tensor([self.categories.get(int(c), 0) for c in rows[:, 4]], dtype=torch.long)
+            raise BadInput(f"{self.lives.root}: a training box has the category {unknown[0]} (-1: none given), expected one "
+                           f"of column 6: {list(self.categories)[:40]}")
+        labels = torch.tensor([self.categories[int(c)] for c in rows[:, 4]], dtype=torch.long)
         centre, extent = (xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]
         return torch.cat([centre, extent], 1)[kept], labels[kept]
 
@@ -398,8 +418,8 @@ def to_float(pixels, statistics, padding=None):
 
 
 def true_boxes(lives):
-    """The annotated boxes in the form in which predicted ones are stored (see eval.predict_boxes): the first box of
-    each frame; frames without one are left out, so that a clip is seen through the frames that show its product."""
+    """The annotated boxes in the form of predicted ones (see eval.seen_through): the first box of each frame. Frames
+    without one are left out, so that a clip is seen through the frames that show its product."""
     start, position, boxes = [0], [], []
     for c in range(len(lives)):
         for t, rows in enumerate(lives.clip(c).boxes or []):
@@ -425,8 +445,8 @@ class PairSet(Dataset):
     clip c at rows start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" the whole frame and
     which patches the box touches, "box" the square around the box. Training draws `frames` of the clip's frames,
     evaluation takes `frames` at even intervals. An item is asked for by (epoch, i) and holds
-        frames uint8 [T,3,S,S]   keep [T,P] bool   image uint8 [3,S,S]   product  the image's id as an integer   live
-        asr [N]   title [N]   clip  its number in the split
+        frames uint8 [T,3,S,S]   keep [T,P] bool   valid [T]  False where a short clip is filled up   asr [N]   title [N]
+        clip  its number in the split     and in training: image uint8 [3,S,S]   product  the image's id as a number
     """
 
     def __init__(self, lives, tokenizer, frames, size, grid, view, boxes, train, seed=0):
@@ -446,8 +466,6 @@ class PairSet(Dataset):
         c = int(self.clips[i])
         clip = self.lives.clip(c)
         rng = np.random.default_rng((self.seed, epoch, i))
-        if not clip.frame_ids:
-            raise BadInput(f"{self.lives.root}: clip {clip.video_id} has no frames")
         rows = range(self.boxes["start"][c], self.boxes["start"][c + 1]) if self.boxes else []
         positions = [int(self.boxes["position"][r]) for r in rows] or list(range(len(clip.frame_ids)))
         if self.train and len(positions) > self.frames:
@@ -461,7 +479,10 @@ class PairSet(Dataset):
             view, kept = self._view(image, box, rng)
             views.append(self._augment(view, rng))
             keep.append(kept)
-        item = {"frames": views, "keep": keep, "asr": self.tokenizer(clip.asr), "title": self.tokenizer(clip.title), "clip": c}
+        missing = self.frames - len(views)
+        item = {"frames": torch.stack(views + [torch.zeros(3, self.size, self.size, dtype=torch.uint8)] * missing),
+                "keep": torch.stack(keep + [torch.ones(self.grid ** 2, dtype=torch.bool)] * missing),
+                "valid": torch.arange(self.frames) < len(views), "asr": self.tokenizer(clip.asr), "title": self.tokenizer(clip.title), "clip": c}
         if self.train:
             image = self.lives.read("images", clip.image_ids[0])
             item["image"] = self._augment(TF.resize(image, (self.size, self.size), antialias=True), rng)
@@ -492,11 +513,10 @@ class PairSet(Dataset):
 
 
 class ImageSet(Dataset):
-    """Shop images of a test split, each once: image uint8 [3,S,S], title [N], number = its place in `ids`."""
+    """Shop images `ids` of a test split: image uint8 [3,S,S], title [N]."""
 
-    def __init__(self, lives, tokenizer, size):
-        self.lives, self.tokenizer, self.size = lives, tokenizer, size
-        self.ids = sorted({i for ids in [*lives.galleries.values(), *lives.positives.values()] for i in ids})
+    def __init__(self, lives, tokenizer, size, ids):
+        self.lives, self.tokenizer, self.size, self.ids = lives, tokenizer, size, ids
 
     def __len__(self):
         return len(self.ids)
@@ -504,19 +524,7 @@ class ImageSet(Dataset):
     def __getitem__(self, key):
         image_id = self.ids[key[1]]
         image = TF.resize(self.lives.read("images", image_id), (self.size, self.size), antialias=True)
-        return {"image": image, "title": self.tokenizer(self.lives.titles.get(image_id, "")), "number": key[1]}
-
-
-def collate_pairs(items):
-    """Items of PairSet or ImageSet -> the same names with a batch axis; frames [B,T,3,S,S], keep [B,T,P], valid [B,T]."""
-    batch = {name: torch.stack([torch.as_tensor(item[name]) for item in items])
-             for name in items[0] if name not in ("frames", "keep")}
-    if "frames" in items[0]:
-        T = max(len(item["frames"]) for item in items)
-        for name in ("frames", "keep"):
-            batch[name] = torch.stack([torch.stack(item[name] + item[name][:1] * (T - len(item[name]))) for item in items])
-        batch["valid"] = torch.stack([torch.arange(T) < len(item["frames"]) for item in items])
-    return batch
+        return {"image": image, "title": self.tokenizer(self.lives.titles.get(image_id, ""))}
 
 
 # ------------------------------------------------------------------ order
@@ -569,10 +577,10 @@ class StepSampler:
 
 
 class ShardSampler:
-    """Evaluation: every sample once over all processes, no padding and nothing left out, `batch` at a time."""
+    """Evaluation: each of `numbers` once over all processes, no padding and nothing left out, `batch` at a time."""
 
-    def __init__(self, count, batch, rank=0, world=1):
-        mine = range(rank, count, world)
+    def __init__(self, numbers, batch, rank=0, world=1):
+        mine = numbers[rank::world]
         self.batches = [[(0, i) for i in mine[k:k + batch]] for k in range(0, len(mine), batch)]
 
     def __len__(self):
@@ -869,19 +877,24 @@ def render(root, seed=0, lives=72, val_lives=4, test_lives=10, products=24, clip
     """Render livestreams into `root` (LPR4M's layout), deterministic in the seed whatever the number of processes.
 
     Training lives show `products` products in `clips` clips; val and test lives one clip for each of their `gallery`
-    products. Products of different lives are different ones. Nothing is left behind when it is interrupted.
+    products. Products of different lives are different ones. The folder appears when it is complete.
     """
-    root, work = Path(root), Path(f"{root}.rendering")
+    for name, value, low in (("seed", seed, 0), ("lives", lives, 1), ("val-lives", val_lives, 0), ("test-lives", test_lives, 0), ("clips", clips, 1),
+                             ("products", products, 4), ("gallery", gallery, 4), ("frames", frames, 4), ("size", size, 32), ("categories", categories, 1)):
+        if value < low or categories > len(CATEGORIES):
+            raise BadInput(f"--{name} {value}: expected at least {low}, and --categories at most {len(CATEGORIES)}")
+    root = Path(root)
+    work = root.with_name(f"{root.name}.rendering")
     if root.exists():
         raise BadInput(f"{root} exists; render into another folder or remove it first")
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)                              # what an interrupted rendering left
     for folder in ("annotations", "frames", "images"):
         (work / folder).mkdir(parents=True)
     options = {"seed": seed, "products": products, "clips": clips, "gallery": gallery, "frames": frames, "size": size, "categories": categories}
     jobs = [(work, split, n, options) for split, count in (("train", lives), ("val", val_lives), ("test", test_lives)) for n in range(count)]
     total = frames * (lives * max(clips, products) + (val_lives + test_lives) * gallery)
     done = {"train": [], "val": [], "test": []}
-    with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool, \
+    with multiprocessing.get_context("spawn").Pool(max(1, processes or os.cpu_count())) as pool, \
             tqdm(total=total, unit="frame", desc=f"render {root}", disable=not progress) as bar:
         for split, *live in pool.imap(_render_live, jobs):
             done[split].append(live)
@@ -922,12 +935,7 @@ def main(argv=None):
         command.add_argument(f"--{name}", type=int, default=default, help=text)
     options = vars(parser.parse_args(argv))
     del options["command"]
-    try:
-        if not 1 <= options["categories"] <= len(CATEGORIES) or min(options["frames"], options["products"], options["gallery"]) < 4:
-            raise BadInput(f"--categories is 1 to {len(CATEGORIES)}; --frames, --products and --gallery are at least 4")
-        render(options.pop("dir"), **options)
-    except (BadInput, OSError) as error:
-        sys.exit(complain(error))
+    guarded(lambda: render(options.pop("dir"), **options))
 
 
 if __name__ == "__main__":

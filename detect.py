@@ -475,7 +475,7 @@ class MD(nn.Module):
     def forward(self, frames, padding, valid):
         padding = padding & valid[..., None, None]        # a frame that is not there is all padding: no key would be left
         *single, memory = self.single(frames, padding)
-        logits, boxes = self.temporal(*single, memory, valid)                                    # S x [B,T,k,.]
+        logits, boxes = self.temporal(*single, memory, valid)                                    # [B,T,k,.] a step
         return logits, boxes, pick(logits[-1], boxes[-1])[0]                                     # [B,T,4]
 
     def loss(self, batch):
@@ -573,7 +573,7 @@ def match(logits, boxes, labels, targets):
     cost = matching_cost(logits, boxes, labels.expand(len(logits), *labels.shape), targets.expand(len(logits), *targets.shape))
     if labels.shape[-1] == 1:
         return cost.argmin(-2).where(labels >= 0, -1)                                            # [L,B,1]
-    table, real = cost.cpu(), (labels >= 0).cpu()
+    table, real = cost.nan_to_num(1e6).cpu(), (labels >= 0).cpu()      # a diverged run is reported by the loop, not here
     found = torch.full((*cost.shape[:2], labels.shape[-1]), -1)
     for b in range(len(labels)):
         columns = real[b].nonzero()[:, 0]

@@ -163,7 +163,7 @@ def build(config, classes, vocab):
                          config["n_neg"], config["negatives"], tuple(config["losses"].split(",")))
     names = ("queries", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "backbone", "dense")
     sd = detect.SD(classes, **{name: config[name] for name in names})
-    return sd if config["stage"] == "sd" else detect.MD(sd, tuple(int(k) for k in config["keep"].split(",")))
+    return sd if config["stage"] == "sd" else detect.MD(sd, config["keep"])
 
 
 def read_checkpoint(path):
@@ -189,6 +189,14 @@ def restore(checkpoint, device):
     except RuntimeError as error:
         raise BadInput(f"the checkpoint's weights do not fit its configuration: {str(error).splitlines()[-1].strip()}") from None
     return model.to(device).eval(), tokenizer
+
+
+def fingerprint(checkpoint):
+    """A short text that changes with any weight of the model."""
+    mark = hashlib.sha256()
+    for value in checkpoint["model"].values():
+        mark.update(value.numpy().tobytes())
+    return mark.hexdigest()[:16]
 
 
 def pick_device():
@@ -224,14 +232,18 @@ def gather_rows(rows, *keys):
     return {name: value[order] for name, value in joined.items()}
 
 
-def loader(dataset, batch, collate, workers):
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return DataLoader(dataset, batch_sampler=data.ShardSampler(len(dataset), batch, rank, world), num_workers=workers, collate_fn=collate)
+def gather_list(rows, order):
+    """Dicts of every process, joined and put in the order of their "live"."""
+    parts = [rows]
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, rows)
+    return sorted((row for part in parts for row in part), key=lambda row: order.index(row["live"]))
 
 
 def watch(batches, text):
     """A progress bar on the first process."""
-    return tqdm(batches, desc=text, unit="batch", leave=False, disable=not is_first())
+    return tqdm(batches, desc=text, unit="", leave=False, disable=not is_first())
 
 
 # ------------------------------------------------------------------ detecting
@@ -246,8 +258,12 @@ def predict(model, config, categories, lives, device, every_frame=True):
     and leaves the control "md1" out: what RICE needs to train.
     """
     dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], train=False, every_frame=every_frame)
+    # Small pictures go several clips at a time. At the paper's size a batch is one clip: a ResNet lets padding leak across
+    # a picture's edge, so what a clip is padded with must not depend on the number of processes.
+    together = max(1, 10 ** 6 // (config["frames"] * config["shortest"][1] * config["longest"]))
+    batches = data.ShardSampler(range(len(dataset)), together, *start_processes())
     rows, many = {}, config["stage"] == "md"
-    for batch in watch(loader(dataset, max(1, 64 // config["frames"]), data.collate_detection, config["workers"]), f"detect {lives.split}"):
+    for batch in watch(DataLoader(dataset, batch_sampler=batches, num_workers=config["workers"], collate_fn=data.collate_detection), f"detect {lives.split}"):
         valid, padding = batch["valid"].to(device), batch["padding"].to(device)
         frames = data.to_float(batch["frames"].to(device), data.IMAGENET, padding)
         padding = padding & valid[..., None, None]
@@ -274,19 +290,18 @@ def predict(model, config, categories, lives, device, every_frame=True):
 
 def predicted_boxes(checkpoint, lives, folder, device):
     """`predict` with a detector's checkpoint, kept in one file and used again while detector and data are the same."""
-    folder, mark = Path(folder), hashlib.sha256()
-    for value in checkpoint["model"].values():
-        mark.update(value.numpy().tobytes())
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted((lives.root / "annotations").iterdir())]
-    mark.update(f"{lives.root.resolve()} {files} {checkpoint['config']['frames']}".encode())
-    path = folder / f"boxes-{lives.split}-{mark.hexdigest()[:12]}.npz"
-    if path.exists():
+    seen = f"{fingerprint(checkpoint)} {lives.root.resolve()} {files} {[checkpoint['config'][name] for name in ('frames', 'shortest', 'longest')]}"
+    path = Path(folder) / f"boxes-{lives.split}-{hashlib.sha256(seen.encode()).hexdigest()[:12]}.npz"
+    there = [path.exists()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(there)             # one process may look before another has written
+    if there[0]:
         with np.load(path) as saved:
             return dict(saved)
     model, _ = restore(checkpoint, device)
     rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame=lives.split != "train")
     if is_first():
-        folder.mkdir(parents=True, exist_ok=True)
         with open(f"{path}.part", "wb") as file:
             np.savez(file, **rows)
         os.replace(f"{path}.part", path)
@@ -382,104 +397,101 @@ PAPER_2 = {"SD": (30.6, 62.6, 73.5), "MD": (31.3, 63.2, 74.3)}
 SOURCES = {"true": "true boxes", "md": "MD boxes", "sd": "SD boxes", "none": "whole frames"}
 
 
-@torch.no_grad()
-def embed(model, dataset, device, workers, text):
-    """Embeddings and tokens of a PairSet's clips or an ImageSet's images, in the order of the set: dict of arrays."""
-    rows = {}
-    for batch in watch(loader(dataset, 64, data.collate_pairs, workers), text):
-        batch = {name: value.to(device) for name, value in batch.items()}
-        if "frames" in batch:
-            out = model.encode_clips(data.to_float(batch["frames"], data.CLIP), batch["keep"], batch["valid"], batch["asr"])
-            new = dict(zip(("embedding", "tokens", "padding"), out), number=batch["clip"])
-            short = dataset.frames * (1 + model.visual.grid ** 2) + 1 - new["tokens"].shape[1]     # batches of short clips
-            new["tokens"] = torch.nn.functional.pad(new["tokens"], (0, 0, 0, short))
-            new["padding"] = torch.nn.functional.pad(new["padding"], (0, short), value=True)
-        else:
-            out = model.encode_images(data.to_float(batch["image"], data.CLIP), batch["title"])
-            new = dict(zip(("embedding", "tokens"), out), number=batch["number"])
-        for name, value in new.items():
-            rows.setdefault(name, []).append(value.cpu().numpy())
-    return gather_rows({name: np.concatenate(value) for name, value in rows.items()}, "number")
+def embed(encode, dataset, numbers, config, device):
+    """What `encode` gives for the samples `numbers` of a PairSet or ImageSet: a list of tensors, in that order."""
+    batches = DataLoader(dataset, batch_sampler=data.ShardSampler(numbers, 64), num_workers=config["workers"])
+    rows = [encode({name: value.to(device) for name, value in batch.items()}) for batch in batches]
+    return [torch.cat(column) for column in zip(*rows)]
 
 
-@torch.no_grad()
-def rerank(model, similarity, gallery, clips, images, top, device):
-    """ICL similarity [Q,M] -> the same with the PMD's score added for the `top` images of each clip's gallery, and
-    the PMD's score alone for them; all others rank behind. similarity is scaled, so that the two add as they train."""
-    fused, alone = (np.where(gallery, similarity, -np.inf) - 1e4 for _ in range(2))
-    best = np.argsort(-np.where(gallery, similarity, -np.inf), axis=1, kind="stable")[:, :top]
-    for low in watch(range(0, len(best), 32), "rerank"):
-        chosen = best[low:low + 32]
-        take = lambda x, rows: torch.from_numpy(x[rows]).to(device)
-        pairs = torch.arange(len(chosen), device=device).repeat_interleave(chosen.shape[1])[:, None]
-        score, _ = model.pmd(take(images["tokens"], chosen.flatten()), take(clips["tokens"], slice(low, low + 32)),
-                             take(clips["padding"], slice(low, low + 32)), pairs)
-        score, rows = score.view(chosen.shape).cpu().numpy(), np.arange(low, low + len(chosen))[:, None]
-        inside = gallery[rows, chosen]
-        fused[rows, chosen] = np.where(inside, score + similarity[rows, chosen], -np.inf)
-        alone[rows, chosen] = np.where(inside, score, -np.inf)
-    return fused, alone
+def rerank(model, similarity, images, clips, padding, top):
+    """ICL similarity [Q,M] -> the PMD's score of the first `top` images of each clip [Q,M]; the others are -inf.
 
-
-def score_ranking(model, tokenizer, checkpoint, lives, folder, device):
-    """Table 2: R1, R5, R10 in each live's gallery, for every source of boxes there is: ICL alone and with the PMD.
-
-    -> results {source: {"icl": {k: percent}, "pmd": ..., "fused": ...}}, counts, and what the ranking picture needs.
+    images [M,1+P+1,W] and clips [Q,R,W] are tokens, padding [Q,R].
     """
-    config = checkpoint["config"]
-    images = data.ImageSet(lives, tokenizer, config["size"])
-    if not images.ids or not lives.galleries:
-        raise BadInput(f"{lives.root}: the {lives.split} split has no galleries of shop images to rank")
-    number = {image_id: m for m, image_id in enumerate(images.ids)}
-    positive, gallery = (np.zeros((len(lives), len(images.ids)), bool) for _ in range(2))
-    for q, video_id in enumerate(lives.video_ids):
-        positive[q, [number[i] for i in lives.positives.get(video_id, [])]] = True
-        gallery[q, [number[i] for i in lives.galleries.get(video_id.rsplit("-", 2)[0], [])]] = True
+    scores = torch.full_like(similarity, -math.inf)
+    best = similarity.argsort(dim=1, descending=True, stable=True)[:, :top]
+    for q, chosen in enumerate(best):
+        pairs = torch.zeros(len(chosen), 1, dtype=torch.long, device=similarity.device)
+        scores[q, chosen] = model.pmd(images[chosen], clips[q:q + 1], padding[q:q + 1], pairs)[0][:, 0]
+    return scores
+
+
+@torch.no_grad()
+def score_ranking(checkpoint, lives, folder, device):
+    """Table 2: R1, R5, R10 in each live's gallery, for every source of boxes there is: by ICL, by the PMD, by both.
+
+    Live by live, so that memory holds one gallery; each process takes its share of the lives.
+    -> results {source: {"icl": {"R1": percent, ...}, "pmd": ..., "fused": ...}}, counts, and what the picture shows.
+    """
+    config, (model, tokenizer) = checkpoint["config"], restore(checkpoint, device)
+    if not lives.galleries or not lives.positives:
+        raise BadInput(f"{lives.root}: the {lives.split} split needs {lives.split}_liveid_to_gallery_*.json and "
+                       f"{lives.split}_videoid_to_gtimage_*.json to rank shop images")
     sources = {"none": None}
     if config["view"] != "frame":
-        found = predicted_boxes(checkpoint["detector"], lives, folder, device)
+        found = predicted_boxes(checkpoint["detector"], lives, folder, device) if "detector" in checkpoint else {}
         sources = {"true": data.true_boxes(lives)} if lives.truth else {}
         sources |= {name: seen_through(found, name, len(lives)) for name in ("md", "sd") if name in found} | {"none": None}
-    image_rows = embed(model, images, device, config["workers"], "shop images")
-    results, picture = {}, None
-    for source, boxes in sources.items():
-        view = "frame" if boxes is None else config["view"]
-        clips = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid, view, boxes, train=False)
-        clip_rows = embed(model, clips, device, config["workers"], f"clips, {SOURCES[source]}")
-        similarity = model.scale().item() * clip_rows["embedding"] @ image_rows["embedding"].T
-        scores = {"icl": similarity}
-        if hasattr(model, "pmd"):
-            fused, alone = rerank(model, similarity, gallery, clip_rows, image_rows, config["rerank"], device)
-            scores |= {"pmd": alone, "fused": fused}
-        results[source] = {name: {f"R{k}": 100 * v for k, v in rank_k(s, positive, gallery).items()} for name, s in scores.items()}
-        if source == config["boxes"]:
-            each = lives_apart(similarity, positive, gallery, lives)
-            picture = {"score": scores.get("fused", similarity), "positive": positive, "gallery": gallery, "ids": images.ids, "boxes": boxes}
-    counts = {"clips": len(lives), "images": len(images.ids), "lives": len(lives.galleries), "gallery": float(gallery.sum(1).mean()),
-              "chance": {f"R{k}": 100 * float(np.mean(np.minimum(1, k * positive.sum(1) / np.maximum(1, gallery.sum(1))))) for k in (1, 5, 10)}}
-    counts["each live"] = each
-    return results, counts, picture
+    main = config["boxes"] if config["boxes"] in sources else "none"
+    members, rows = {}, []
+    for q, video_id in enumerate(lives.video_ids):
+        members.setdefault(data.live_of(video_id), []).append(q)
+    rank, world = start_processes()
+    for live, clips in watch(list(members.items())[rank::world], "rank lives"):
+        ids = list(dict.fromkeys(lives.galleries.get(live, [])))
+        row = {"live": live, "clips": clips, "ids": ids, "score": {},
+               "positive": np.array([[i in lives.positives.get(lives.video_ids[q], []) for i in ids] for q in clips], bool)}
+        rows.append(row)
+        if ids:
+            shop = data.ImageSet(lives, tokenizer, config["size"], ids)
+            image, image_tokens = embed(lambda b: model.encode_images(data.to_float(b["image"], data.CLIP), b["title"]), shop, range(len(ids)), config, device)
+        for source, boxes in sources.items() if ids else ():
+            view = "frame" if boxes is None else config["view"]
+            pairs = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid, view, boxes, train=False)
+            clip, tokens, padding, seen = embed(lambda b: (*model.encode_clips(data.to_float(b["frames"], data.CLIP), b["keep"], b["valid"], b["asr"]),
+                                                           b["valid"].any(1)), pairs, clips, config, device)
+            similarity = model.scale() * clip @ image.T                                          # [Q,M]
+            scores = {"icl": similarity}
+            if hasattr(model, "pmd"):
+                scores["pmd"] = rerank(model, similarity, image_tokens, tokens, padding, config["rerank"])
+                scores["fused"] = similarity + scores["pmd"]
+            # A clip without frames has no prediction: it stays in the denominator, as a miss.
+            row["score"][source] = {name: s.masked_fill(~seen[:, None], math.nan).cpu().numpy() for name, s in scores.items()}
+    rows = gather_list(rows, list(members))
+    asked = np.array([len(row["clips"]) for row in rows])
+
+    def percent(source, name):
+        hits = [rank_k(row["score"][source][name], row["positive"]) if row["ids"] else {1: 0, 5: 0, 10: 0} for row in rows]
+        return {f"R{k}": 100 * float(np.dot(asked, [hit[k] for hit in hits]) / asked.sum()) for k in (1, 5, 10)}
+
+    names = ("icl", "pmd", "fused") if hasattr(model, "pmd") else ("icl",)
+    results = {source: {name: percent(source, name) for name in names} for source in sources}
+    chances = [{k: np.mean([chance(len(row["ids"]), int(p), k) for p in row["positive"].sum(1)]) for k in (1, 5, 10)} for row in rows]
+    counts = {"clips": len(lives), "lives": len(rows), "gallery": float(np.dot(asked, [len(row["ids"]) for row in rows]) / asked.sum()),
+              "missing": int((lives.lengths == 0).sum()), "several true images": int(sum((row["positive"].sum(1) > 1).sum() for row in rows)),
+              "chance": {f"R{k}": 100 * float(np.dot(asked, [c[k] for c in chances]) / asked.sum()) for k in (1, 5, 10)},
+              "each live": {row["live"]: [len(row["clips"]), len(row["ids"]), *(100 * v for v in rank_k(row["score"][main]["icl"], row["positive"]).values()),
+                                          100 * float(c[1])] for row, c in zip(rows, chances) if row["ids"]}}
+    return results, counts, {"rows": rows, "source": main, "boxes": sources[main], "score": names[-1]}
 
 
-def lives_apart(similarity, positive, gallery, lives):
-    """{live: [clips, images of its gallery, R1, R5, R10, chance of R1]}."""
-    live_of, out = np.array([v.rsplit("-", 2)[0] for v in lives.video_ids]), {}
-    for live in sorted(set(live_of)):
-        mine = live_of == live
-        images = gallery[mine].sum(1).mean()
-        found = rank_k(similarity[mine], positive[mine], gallery[mine])
-        out[live] = [int(mine.sum()), int(images), *(100 * v for v in found.values()), 100 * float(positive[mine].sum(1).mean() / max(1, images))]
-    return out
+def chance(images, true, k):
+    """Probability that a random order of a gallery has one of its `true` images among the first k."""
+    return 1 - math.comb(images - true, k) / math.comb(images, k) if true and k < images else float(true > 0)
 
 
 def show_table_2(results, counts, config):
-    print(f"\nTable 2, rank-k within each live's own gallery ({counts['clips']} clips, {counts['lives']} lives, {counts['gallery']:.1f} images a gallery)")
+    print(f"\nTable 2, rank-k within each live's own gallery ({counts['clips']} clips, {counts['lives']} lives, "
+          f"{counts['gallery']:.1f} images a gallery, missing={counts['missing']})")
     names = {"icl": "ICL", "pmd": f"PMD on the first {config['rerank']}", "fused": "ICL + PMD"}
     rows = [(f"{SOURCES[source]}, {names[score]}", *values.values()) for source, r in results.items() for score, values in r.items()]
     rows += [("chance", *counts["chance"].values())] + [(f"paper's RICE, {name} boxes", *values) for name, values in PAPER_2.items()]
     print(table(("", "R1", "R5", "R10"), rows))
     print(f"\nEach live's clips against its own gallery ({SOURCES[config['boxes']]}, ICL)")
-    print(table(("", "clips", "images", "R1", "R5", "R10", "chance R1"), [(live, str(n), str(m), *row) for live, (n, m, *row) in counts["each live"].items()]))
+    rows = list(counts["each live"].items())
+    print(table(("", "clips", "images", "R1", "R5", "R10", "chance R1"), [(live, str(n), str(m), *row) for live, (n, m, *row) in rows[:12]]))
+    print("" if len(rows) <= 12 else f"... and {len(rows) - 12} more lives (all of them with --json)")
 
 
 # ------------------------------------------------------------------ pictures
@@ -530,7 +542,7 @@ def detection_picture(rows, lives, names, path, clips=4, height=210):
                 draw.text((3, 2), clip.kinds[t], (255, 255, 255), font(12), stroke_width=1, stroke_fill=(0, 0, 0))
             strip.append(frame)
         strips.append(_join(strip, 0))
-    _join(strips, 1).save(path)
+    _join(strips or [Image.new("RGB", (height, height), "white")], 1).save(path)
     return path
 
 
@@ -569,8 +581,10 @@ def ranking_picture(shown, lives, path, clips=5, side=132):
         draw.multiline_text((2, side + 2), _wrapped(text, sheet.width - 4, kind), (60, 60, 60), kind, spacing=2)
         return sheet
 
-    for q in np.linspace(0, len(lives) - 1, min(clips, len(lives))).astype(int):
-        clip, boxes, frames = lives.clip(int(q)), shown["boxes"], []
+    asked = [(row, place, q) for row in shown["rows"] if row["ids"] for place, q in enumerate(row["clips"])]
+    for at in np.linspace(0, len(asked) - 1, min(clips, len(asked))).astype(int):
+        row, place, q = asked[at]
+        clip, boxes, frames = lives.clip(q), shown["boxes"], []
         positions = boxes["position"][boxes["start"][q]:boxes["start"][q + 1]] if boxes else np.arange(len(clip.frame_ids))
         for j in data.even_frames(len(positions), 3):
             frame = open_picture(lives, "frames", clip.frame_ids[int(positions[j])])
@@ -579,41 +593,45 @@ def ranking_picture(shown, lives, path, clips=5, side=132):
                 ImageDraw.Draw(frame).rectangle([x1, y1, x2, y2], outline=COLOURS["md"], width=max(1, min(frame.size) // 96))
             frames.append(frame.resize((side, side)))
         cells = [cell(_join(frames, 0), f"“{clip.asr}”" if clip.asr else "", None, 3)] if frames else []
-        score = np.where(shown["gallery"][q], shown["score"][q], -np.inf)
-        for m in np.argsort(-score, kind="stable")[:min(5, int(shown["gallery"][q].sum()))]:
-            picture = open_picture(lives, "images", shown["ids"][m]).resize((side, side))
-            cells.append(cell(picture, lives.titles.get(shown["ids"][m], ""), (40, 160, 60) if shown["positive"][q, m] else (205, 50, 45)))
+        for m in np.argsort(-row["score"][shown["source"]][shown["score"]][place], kind="stable")[:5]:
+            picture = open_picture(lives, "images", row["ids"][m]).resize((side, side))
+            cells.append(cell(picture, lives.titles.get(row["ids"][m], ""), (40, 160, 60) if row["positive"][place, m] else (205, 50, 45)))
         rows.append(_join(cells, 0))
-    _join(rows, 1).save(path)
+    _join(rows or [Image.new("RGB", (side, side), "white")], 1).save(path)
     return path
 
 
 # ------------------------------------------------------------------ the command
 
 
-def evaluate(path, data_dir=None, split="test", out=None, workers=None):
-    """Evaluate one checkpoint: prints its table, saves its picture beside it, returns everything as a dict of plain values."""
-    rank, _ = start_processes()
+def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None):
+    """Evaluate one checkpoint and print its table.
+
+    -> every number as a dict of plain values, and a function that draws the picture beside the checkpoint (or in `out`):
+    to be called when the numbers are safe.
+    """
+    start_processes()
     device, checkpoint = pick_device(), read_checkpoint(path)
     config = checkpoint["config"]
-    config["workers"] = config["workers"] if workers is None else workers
+    for settings in (config, checkpoint.get("detector", {}).get("config", {})):
+        settings["workers"] = config["workers"] if workers is None else workers
+    config["rerank"] = config["rerank"] if top is None else top
+    if config["workers"] < 0 or config["rerank"] < 1:
+        raise BadInput("--workers is 0 or more, --rerank 1 or more")
     lives, out = data.Lives(data_dir or config["data"], split), Path(out or Path(path).parent)
+    out.mkdir(parents=True, exist_ok=True)
     if config["stage"] == "rice":
-        model, tokenizer = restore(checkpoint, device)
-        results, counts, shown = score_ranking(model, tokenizer, checkpoint, lives, out, device)
+        results, counts, shown = score_ranking(checkpoint, lives, out, device)
+        draw = lambda: ranking_picture(shown, lives, out / "ranking.png")
     else:
         rows = predicted_boxes(checkpoint, lives, out, device)
         results, counts = score_detections(rows, lives, checkpoint["categories"])
+        draw = lambda: detection_picture(rows, lives, list(checkpoint["categories"].values()), out / "detections.png")
     result = {"stage": config["stage"], "data": str(lives.root), "split": split, "counts": counts, "results": results,
-              "step": checkpoint["step"], "seed": config["seed"], "config": config}
-    if rank == 0:
+              "step": checkpoint["step"], "seed": config["seed"], "config": config, "fingerprint": fingerprint(checkpoint)}
+    if is_first():
         show(result)
-        if config["stage"] == "rice":
-            picture = ranking_picture(shown, lives, out / "ranking.png")
-        else:
-            picture = detection_picture(rows, lives, list(checkpoint["categories"].values()), out / "detections.png")
-        print(f"\npicture: {picture}")
-    return result
+    return result, lambda: print(f"\npicture: {draw()}")
 
 
 def show(result):
@@ -638,14 +656,18 @@ def main(argv=None):
     parser.add_argument("--split", default="test", choices=["test", "val"], help="which lives (default: test)")
     parser.add_argument("--out", help="folder for the picture and the cached boxes (default: the checkpoint's)")
     parser.add_argument("--json", help="write every number to this file too")
+    parser.add_argument("--rerank", type=int, help="how many first images the PMD scores (default: as configured, 20)")
     parser.add_argument("--workers", type=int, help="processes that load pictures (default: as in training)")
     options = parser.parse_args(argv)
+
+    def command():
+        result, draw = evaluate(options.ckpt, options.data, options.split, options.out, options.workers, options.rerank)
+        if is_first():
+            if options.json:
+                write_json(options.json, result)
+            draw()
     try:
-        result = evaluate(options.ckpt, options.data, options.split, options.out, options.workers)
-        if options.json and is_first():
-            write_json(options.json, result)
-    except (BadInput, OSError) as error:
-        sys.exit(data.complain(error))
+        data.guarded(command)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,8 +30,9 @@ from data import BadInput
 # ------------------------------------------------------------------ configuration
 
 
-def option(default, group, text):
-    return field(default=default, metadata={"group": group, "help": text})
+def option(default, group, text, low=None):
+    """A field of Config with its flag's group and help; numbers below `low` (1 for whole numbers, else 0) are refused."""
+    return field(default=default, metadata={"group": group, "help": text, "low": low if low is not None else int(isinstance(default, int))})
 
 
 @dataclass
@@ -42,20 +42,20 @@ class Config:
     preset: str = option("tiny", "run", "tiny: the quickstart, two CPU cores; paper: the supplement's recipe")
     data: str = option("runs/livestreams", "run", "data folder in the LPR4M layout; the default one is rendered when absent")
     out: str = option("", "run", "run folder: checkpoints, logs, pictures (default: runs/PRESET)")
-    seed: int = option(0, "run", "decides initialisation, order, augmentation and negatives")
+    seed: int = option(0, "run", "decides initialisation, order, augmentation and negatives", low=0)
     init: str = option("", "run", "public weights to start from: a DAB-DETR or ResNet checkpoint (sd), CLIP's (rice)")
-    workers: int = option(8, "run", "processes that load pictures, for each training process")
+    workers: int = option(8, "run", "processes that load pictures, for each training process", low=0)
     save_every: int = option(1000, "run", "steps between checkpoints")
     log_every: int = option(50, "run", "steps between lines of the log")
 
-    steps: int = option(0, "optimisation", "training steps; 0: as many as --epochs makes")
+    steps: int = option(0, "optimisation", "training steps; 0: as many as --epochs makes", low=0)
     epochs: float = option(20.0, "optimisation", "passes over the samples (frames for sd, clips for md and rice)")
     batch: int = option(64, "optimisation", "samples a step over all processes: frames (sd), clips (md, rice)")
     lr: float = option(1e-4, "optimisation", "peak learning rate")
     backbone_lr: float = option(1e-5, "optimisation", "the same for SD's backbone and RICE's image encoder")
     weight_decay: float = option(1e-4, "optimisation", "AdamW's weight decay")
     clip_norm: float = option(0.1, "optimisation", "gradients longer than this are shortened to it")
-    warmup: int = option(0, "optimisation", "steps over which the learning rate rises")
+    warmup: int = option(0, "optimisation", "steps over which the learning rate rises", low=0)
     schedule: str = option("drop", "optimisation", "drop: x0.1 after --drop of the steps; cosine: from there to 0 along a cosine")
     drop: float = option(0.75, "optimisation", "share of the steps at the peak learning rate (the paper: 15 of 20 epochs)")
 
@@ -80,7 +80,7 @@ class Config:
     width: int = option(768, "rice", "token width of the image encoder")
     layers: int = option(12, "rice", "its layers")
     vit_heads: int = option(12, "rice", "its attention heads")
-    patch: int = option(32, "rice", "pixels of a patch; 0: tokens of 16 pixels from a few convolution blocks")
+    patch: int = option(32, "rice", "pixels of a patch; 0: tokens of 16 pixels from a few convolution blocks", low=0)
     size: int = option(224, "rice", "side of its pictures, pixels")
     embedding: int = option(512, "rice", "length of the ICL embedding")
     losses: str = option("icl,pmd,pfr", "rice", "which losses: icl[,pmd[,pfr]]")
@@ -116,16 +116,36 @@ def configure(given, stage):
     config = Config(**(preset.get("all", {}) | preset[stage] | given | {"stage": stage}))
     config.out = config.out or f"runs/{config.preset}"
     for name, allowed in (("boxes", ("md", "sd", "true", "none")), ("view", ("box", "mask", "frame")), ("schedule", ("drop", "cosine")),
-                          ("negatives", ("hard", "rand")), ("losses", ("icl", "icl,pmd", "icl,pmd,pfr"))):
+                          ("negatives", ("hard", "rand")), ("losses", ("icl", "icl,pmd", "icl,pmd,pfr")),
+                          ("backbone", ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"))):
         if getattr(config, name) not in allowed:
             raise BadInput(f"--{name} {getattr(config, name)}: expected one of {' | '.join(allowed)}")
+    for item in dataclasses.fields(Config):
+        value, low = getattr(config, item.name), item.metadata["low"]
+        if isinstance(value, (int, float)) and not value >= low:
+            raise BadInput(f"{flag(item.name)} {value}: expected {low} or more")
+    for name, count in (("shortest", 3), ("keep", None)):
+        numbers = getattr(config, name).split(",")
+        if not all(n.isdecimal() and int(n) > 0 for n in numbers) or len(numbers) != (count or len(numbers)):
+            raise BadInput(f"--{name} {getattr(config, name)}: expected {count or 'one or more'} whole numbers with commas between")
+        setattr(config, name, [int(n) for n in numbers])
+    ranking = stage == "rice"
+    for right, text in ((config.shortest[0] <= config.shortest[1], "--shortest: the lowest comes before the highest"),
+                        (config.dim % (4 * config.heads) == 0, "--dim must be a multiple of 4 x --heads"),
+                        (config.decoder_layers > 1, "--decoder-layers: expected 2 or more"),
+                        (not ranking or config.width % config.vit_heads == 0, "--width must be a multiple of --vit-heads"),
+                        (not ranking or config.size % (config.patch or 16) == 0, "--size must be a multiple of --patch (of 16 when that is 0)"),
+                        (not ranking or config.width % 8 == 0, "--width must be a multiple of 8"), (config.drop <= 1, "--drop is a share, 0 to 1"),
+                        (given.get("view") in (None, "frame") or config.boxes != "none", f"--view {config.view} needs --boxes md, sd or true")):
+        if not right:
+            raise BadInput(text)
     if config.view == "frame" or config.boxes == "none":
         config.view, config.boxes = "frame", "none"
-    for name, count in (("shortest", 3), ("keep", None)):
-        numbers = str(getattr(config, name)).split(",")
-        if not all(n.isdigit() and int(n) > 0 for n in numbers) or len(numbers) != (count or len(numbers)):
-            raise BadInput(f"--{name} {getattr(config, name)}: expected {count or 'one or more'} whole numbers with commas between")
     return config
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
 
 
 def learning_rate(step, config):
@@ -140,42 +160,44 @@ def learning_rate(step, config):
 # ------------------------------------------------------------------ what differs between the stages
 
 
-def prepare(config, device):
-    """-> model, what its checkpoint holds besides, samples, order of an epoch, collate; the rest of train.py is the same."""
+def prepare(config, device, saved):
+    """-> model, what its checkpoint holds besides, samples, order of an epoch, collate; the rest of train.py is the same.
+
+    saved: the checkpoint of this stage that the run goes on from, or None.
+    """
     lives = data.Lives(config.data, "train")
     if config.stage == "rice":
-        texts = [text for c in range(0, len(lives), max(1, len(lives) // 200_000)) for clip in [lives.clip(c)] for text in (clip.title, clip.asr)]
-        proto = data.train_tokenizer(texts)
-        tokenizer = data.Tokenizer(proto)
-        model = evaluation.build(vars(config) | shapes(config), len(lives.categories), tokenizer.vocab)
-        kept, boxes = {"categories": lives.categories, "tokenizer": torch.tensor(list(proto), dtype=torch.uint8)}, None
+        if saved:
+            vocabulary = bytes(saved["tokenizer"].tolist())
+        else:
+            clips = map(lives.clip, range(0, len(lives), max(1, len(lives) // 200_000)))
+            vocabulary = data.train_tokenizer(text for clip in clips for text in (clip.title, clip.asr))
+        tokenizer = data.Tokenizer(vocabulary)
+        model = evaluation.build(vars(config), len(lives.categories), tokenizer.vocab)
+        kept, boxes = {"categories": lives.categories, "tokenizer": torch.tensor(list(vocabulary), dtype=torch.uint8)}, None
         if config.boxes == "true":
             boxes = data.true_boxes(lives)
         elif config.boxes != "none":
             detector = finished(config, config.boxes)
-            kept["detector"] = {name: detector[name] for name in ("config", "categories", "model")}
+            kept |= {"detector": {name: detector[name] for name in ("config", "categories", "model")}, "base": evaluation.fingerprint(detector)}
             boxes = evaluation.seen_through(evaluation.predicted_boxes(detector, lives, config.out, device), config.boxes, len(lives))
         samples = data.PairSet(lives, tokenizer, config.train_frames, config.size, model.visual.grid, config.view, boxes, True, config.seed)
-        return model, kept, samples, data.live_by_live(lives.live[samples.clips], config.per_live), data.collate_pairs
+        return model, kept, samples, data.live_by_live(lives.live[samples.clips], config.per_live), None
+    kept = {"categories": lives.categories}
     if config.stage == "md":
         base = finished(config, "sd")
-        if base["config"]["dim"] % 4 or list(base["categories"]) != list(lives.categories):
-            raise BadInput(f"{config.out}/sd.pt knows the categories {list(base['categories'])[:40]}, {config.data} has {list(lives.categories)[:40]}")
+        if base["categories"] != lives.categories:
+            raise BadInput(f"{config.out}/sd.pt knows the categories {str(base['categories'])[:200]}, {config.data} has {str(lives.categories)[:200]}")
         for name in ("backbone", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "queries", "dense"):
             setattr(config, name, base["config"][name])         # MD's detector is the one that SD trained, whatever the flags say
+        kept["base"] = evaluation.fingerprint(base)
     if not lives.categories:
         raise BadInput(f"{config.data}: no training row names a category (columns 6 and 7); one category is enough")
-    model = evaluation.build(vars(config) | shapes(config), len(lives.categories), None)
+    model = evaluation.build(vars(config), len(lives.categories), None)
     if config.stage == "md":
         model.sd.load_state_dict(base["model"])
-    samples = data.DetectionSet(lives, lives.categories, config.frames if config.stage == "md" else 1,
-                                shapes(config)["shortest"], config.longest, True, config.seed)
-    return model, {"categories": lives.categories}, samples, data.shuffled(len(samples)), data.collate_detection
-
-
-def shapes(config):
-    """The text of a flag as numbers."""
-    return {"shortest": [int(n) for n in config.shortest.split(",")]}
+    samples = data.DetectionSet(lives, lives.categories, config.frames if config.stage == "md" else 1, config.shortest, config.longest, True, config.seed)
+    return model, kept, samples, data.shuffled(len(samples)), data.collate_detection
 
 
 def finished(config, stage):
@@ -186,7 +208,7 @@ def finished(config, stage):
         raise BadInput(f"{config.out}/{stage}.pt holds stage {saved['stage']}, not {stage}; train it with `python train.py --stage {stage}`")
     if checkpoint["step"] < saved["steps"]:
         raise BadInput(f"{config.out}/{stage}.pt stands at step {checkpoint['step']} of {saved['steps']}; "
-                       f"finish it with `python train.py --stage {stage} --out {config.out}`")
+                       f"finish it with `python train.py --stage {stage} --preset {config.preset} --out {config.out}`")
     return checkpoint
 
 
@@ -200,28 +222,33 @@ def ready(batch, config, device, step):
 
 
 def start_from(model, path):
-    """Public weights by name and shape; the class head may differ and is then left as initialised, nothing else may."""
+    """Public weights by name and shape; the class head may differ and is then left as initialised, nothing else may.
+
+    A whole DAB-DETR checkpoint ({"model": ...}, with or without "module."), a torchvision ResNet for its backbone, or
+    CLIP's state dict for RICE's image encoder. -> one line that says what was loaded.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+        with torch.serialization.safe_globals([argparse.Namespace]):          # DETR's checkpoints hold their flags too
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {key.removeprefix("module."): value.float() for key, value in state.get("model", state).items()}
+    except OSError:
         raise BadInput(f"{path}: no such file") from None
-    except Exception as error:
-        raise BadInput(f"{path}: not a state dict that loads with weights_only ({type(error).__name__})") from None
-    state = {key.removeprefix("module."): value for key, value in state.get("model", state).items()}
-    own, target = model.state_dict(), "backbone.0.body." if "layer4.0.conv1.weight" in state else ""
-    state = {target + key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
-    if any(key.startswith("visual.") for key in state):
-        own = {key: value for key, value in own.items() if key.startswith("visual.")}
-        state = {key: value.float() for key, value in state.items() if key.startswith("visual.")}
-    own = {key: value for key, value in own.items() if key.startswith(target)}
-    skipped = [key for key in own if key in state and own[key].shape != state[key].shape and key.startswith("class_embed.")]
-    unused = [key for key in state if key not in own and not key.startswith(f"{target}fc.")]
-    missing = [key for key in own if key not in state and not key.startswith("transformer.decoder.bbox_embed.")]
-    wrong = [key for key in own if key in state and own[key].shape != state[key].shape and key not in skipped]
-    if missing or unused or wrong:
-        raise BadInput(f"{path}: missing {missing[:8]}, left over {unused[:8]}, of another shape {wrong[:8]}")
-    model.load_state_dict({key: value for key, value in state.items() if key in own and key not in skipped}, strict=False)
-    print(f"{path}: loaded {len(own) - len(skipped)}, re-initialised {', '.join(skipped) or 'none'}")
+    except Exception as error:             # torch.load raises whatever the bytes lead it to
+        raise BadInput(f"{path}: not a state dict of tensors ({type(error).__name__})") from None
+    own, place = model.state_dict(), ""
+    if "layer4.0.conv1.weight" in state:
+        place, state = "backbone.0.body.", {key: value for key, value in state.items() if not key.startswith("fc.")}
+    elif hasattr(model, "visual"):
+        place, state = "visual.", {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    state = {place + key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    own = {key: value for key, value in own.items() if key.startswith(place) and (not key.startswith("transformer.decoder.bbox_embed.") or key in state)}
+    new = [key for key in own if key.startswith("class_embed.") and key in state and own[key].shape != state[key].shape]
+    wrong = {"missing": own.keys() - state.keys(), "left over": state.keys() - own.keys(),
+             "of another shape": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape} - set(new)}
+    if any(wrong.values()):
+        raise BadInput(f"{path}: " + "; ".join(f"{text}: {', '.join(sorted(keys)[:8])}" for text, keys in wrong.items() if keys))
+    model.load_state_dict({key: value for key, value in state.items() if key not in new}, strict=False)
+    return f"{path}: loaded {len(own) - len(new)}, re-initialised {', '.join(new) or 'none'}"
 
 
 # ------------------------------------------------------------------ the loop
@@ -245,16 +272,21 @@ def train(config, rank, world, device):
     torch.manual_seed(config.seed)
     saved = evaluation.read_checkpoint(path) if path.exists() else None
     if saved and saved["step"] == saved["config"]["steps"] and not differences(config, saved["config"]):
+        base = Path(config.out) / ("sd.pt" if config.stage == "md" else f"{config.boxes}.pt")
+        if "base" in saved and base.exists() and evaluation.fingerprint(evaluation.read_checkpoint(base)) != saved["base"]:
+            raise BadInput(f"{path} was trained on another {base.name} than the one that is there now; remove it, or give --out for a new run")
         return False
-    model, kept, samples, order, collate = prepare(config, device)
+    model, kept, samples, order, collate = prepare(config, device, saved)
     config.steps = config.steps or max(1, int(config.epochs * len(samples) / config.batch))
     if config.batch % world:
         raise BadInput(f"--batch {config.batch} is the batch of all processes together; it must be a multiple of their number, {world}")
-    if saved and differences(config, saved["config"]):
-        raise BadInput(f"{path} was made with another configuration ({', '.join(differences(config, saved['config']))}); "
-                       f"give --out for a new run, or remove the file")
+    changed = saved and differences(config, saved["config"]) + [f"{name} of the data or the detector" for name in ("categories", "base") if saved.get(name) != kept.get(name)]
+    if changed:
+        raise BadInput(f"{path} was made with another configuration ({', '.join(changed)}); give --out for a new run, or remove the file")
     if config.init and not saved:
-        start_from(model, config.init)
+        said = start_from(model, config.init)
+        if rank == 0:
+            print(said)
     model.to(device).train()
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -268,7 +300,8 @@ def train(config, rank, world, device):
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
         if rank == 0 and log.exists():                 # lines that the stopped run wrote after its last checkpoint
-            log.write_text("".join(line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= start))
+            lines = log.read_text().splitlines(True)
+            log.write_text("".join(lines[:sum(step_of(line) <= start for line in lines)]))
     elif rank == 0:
         log.write_text("")
     wrapped = Step(model)
@@ -297,10 +330,18 @@ def train(config, rank, world, device):
                 with open(log, "a") as file:
                     file.write(json.dumps({"step": step + 1, "lr": config.lr * learning_rate(step, config)} | line) + "\n")
             if save_it and rank == 0:
-                save(path, {"config": vars(config) | shapes(config), "step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | kept)
+                save(path, {"config": vars(config), "step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | kept)
     if world > 1:
         dist.barrier()
     return True
+
+
+def step_of(line):
+    """The step of a line of the log; a line that a dying process tore comes after all steps."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def report(loss, terms, norm, world):
@@ -320,7 +361,7 @@ def save(path, checkpoint):
 
 def differences(config, saved):
     """What the user changed since the checkpoint was made, as text; steps counted from epochs do not differ."""
-    now = vars(config) | shapes(config)
+    now = vars(config)
     skip = FREE | ({"steps"} if not now["steps"] else set())
     return [f"{name}: {saved.get(name)} there, {now[name]} here" for name in now if name not in skip and now[name] != saved.get(name)]
 
@@ -334,6 +375,8 @@ def run(given):
     wanted = given.get("stage", "all")
     if wanted not in (*STAGES, "all"):
         raise BadInput(f"--stage {wanted}: expected one of {', '.join(STAGES)}, all")
+    if given.get("init") and wanted not in ("sd", "rice"):
+        raise BadInput("--init gives one stage its public weights: say which with --stage sd or --stage rice")
     configs = [configure(given, stage) for stage in STAGES if wanted in (stage, "all")]
     if configs[0].data == Config.data and not Path(Config.data).exists():
         if rank == 0:
@@ -347,13 +390,15 @@ def run(given):
         raise BadInput(f"{path}: not JSON; remove it, and every stage is evaluated again") from None
     for config in configs:
         trained = train(config, rank, world, device)
-        if trained or config.stage not in results:
-            results[config.stage] = evaluation.evaluate(f"{config.out}/{config.stage}.pt")
+        checkpoint, before = f"{config.out}/{config.stage}.pt", results.get(config.stage, {})
+        if trained or before.get("fingerprint") != evaluation.fingerprint(evaluation.read_checkpoint(checkpoint)):
+            results[config.stage], draw = evaluation.evaluate(checkpoint, workers=config.workers)
             if rank == 0:
                 evaluation.write_json(path, results)
+                draw()
         elif rank == 0:
-            print(f"{config.stage}: done before ({config.out}/{config.stage}.pt)")
-            evaluation.show(results[config.stage])
+            print(f"{config.stage}: done before ({checkpoint})")
+            evaluation.show(before)
     if rank == 0:
         print(f"\nall done: {path}")
 
@@ -364,15 +409,10 @@ def main(argv=None):
     groups = {}
     for item in dataclasses.fields(Config):
         group = groups.setdefault(item.metadata["group"], parser.add_argument_group(item.metadata["group"]))
-        group.add_argument(f"--{item.name.replace('_', '-')}", type=type(item.default), default=argparse.SUPPRESS, metavar="X",
+        group.add_argument(flag(item.name), type=type(item.default), default=argparse.SUPPRESS, metavar="X",
                            help=f"{item.metadata['help']} [{'all' if item.name == 'stage' else item.default}]")
     try:
-        run(vars(parser.parse_args(argv)))
-    except (BadInput, OSError) as error:
-        sys.exit(data.complain(error))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        data.guarded(run, vars(parser.parse_args(argv)))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

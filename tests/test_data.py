@@ -59,14 +59,17 @@ def test_all_34_categories_can_be_drawn():
 
 
 def test_ids_are_split_from_the_right():
-    clip = data.Clip("7b601b02-2c63-11ee-bb6d-b8cef60c2fd0-1667916122888-1667916252390", [], None, [], "", "")
-    assert clip.live_id == "7b601b02-2c63-11ee-bb6d-b8cef60c2fd0"
+    assert data.live_of("7b601b02-2c63-11ee-bb6d-b8cef60c2fd0-1667916122888-1667916252390") == "7b601b02-2c63-11ee-bb6d-b8cef60c2fd0"
 
 
 @pytest.mark.parametrize("column, value, says", [
     (1, "[\"a\"", "frame_id list"), (1, "__import__('os').system('true')", "frame_id list"), (1, "[\"../../etc/passwd\"]", "not an id"),
-    (2, "[[1, 2, 3]]", "box list"), (2, "[[0, 0, NaN, 5], [], [], []]", "box list"), (2, "[[1, 2, 3, 4]]", "4 frames but 1"),
-    (5, "shoe", "category id"), (None, "a\tb", "11 columns")])
+    (1, "['a', 'b', 'c', 'd',]", "commas for 5"), (1, "[" * 50000, "frame_id list"), (2, "[" * 50000, "box list"),
+    (2, "[[1, 2, 3]]", "4 frames but 1"), (2, "[[0, 0, NaN, 5], [], [], []]", "frame 0: expected x1"), (2, "[[1, 2, 3, 4]]", "4 frames but 1"),
+    (2, "[1, 2, 3, 4]", "frame 0: expected x1"), (2, "[[[1, 2, 3, 4], null], [], [], []]", "frame 0: expected x1"),
+    (2, "[{\"x\": 1}, [], [], []]", "frame 0: expected x1"), (2, "[[false, false, true, true], [], [], []]", "frame 0: expected x1"),
+    (2, f"[[0, 0, {'9' * 400}, 5], [], [], []]", "frame 0: expected x1"),
+    (0, "../x-1-2", "not an id"), (3, "../x", "not an id"), (4, "\udce9", "UTF-8"), (5, "shoe", "category id"), (None, "a\tb", "11 columns")])
 def test_bad_rows_say_file_row_and_field(tmp_path, livestreams, column, value, says):
     root = tmp_path / "bad"
     (root / "annotations").mkdir(parents=True)
@@ -76,10 +79,37 @@ def test_bad_rows_say_file_row_and_field(tmp_path, livestreams, column, value, s
     if column is not None:
         fields[column] = value
     rows[2] = value if column is None else "\t".join(fields)
-    path.write_text("\n".join(rows) + "\n")
+    path.write_text("\n".join(rows) + "\n", errors="surrogateescape")
     with pytest.raises(BadInput, match=says) as error:
         data.Lives(root, "train").clip(2)
     assert f"{path}:3" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("test_frameid2gtbox_1.json", "[1]", "expected an object"), ("test_frameid2gtbox_1.json", "{", "not JSON"),
+    ("test_frameid2gtbox_1.json", "{\"live-1-2-abc\": []}", "whole number"), ("test_frameid2gtbox_1.json", "{\"../a-1-2-3\": []}", "not an id"),
+    ("test_videoid_to_gtimage_1.json", "{\"a-1-2\": 8471}", "list of image ids"), ("test_liveid_to_gallery_1.json", "{\"a\": null}", "list of image ids"),
+    ("test_liveid_to_gallery_1.json", "{\"a\": [\"../b\"]}", "not an id"), ("test_videoid_asr_1.txt", "a/b\thello", "not an id"),
+    ("test_videoid_asr_1.txt", "caf\udce9-1-2\thello", "UTF-8"), ("test_videoid_asr_2.txt", "a-1-2\tb", "which one"), ("test_videoid_asr_1.txt", "", "no clips")])
+def test_bad_test_files_are_named(tmp_path, name, text, says):
+    notes = tmp_path / "annotations"
+    notes.mkdir()
+    (notes / "test_videoid_asr_1.txt").write_text("" if "no clips" == says else "live-1-2\thello\n")
+    (notes / name).write_text(text, errors="surrogateescape")
+    with pytest.raises(BadInput, match=says):
+        data.Lives(tmp_path, "test")
+
+
+def test_every_test_clip_counts_and_texts_keep_their_lines(tmp_path):
+    notes = tmp_path / "annotations"
+    notes.mkdir()
+    (notes / "test_videoid_asr_1.txt").write_text("a-1-2\thello\u2028more\r\n\nb-1-2\n", encoding="utf-8")
+    (notes / "test_videoid_to_gtimage_1.json").write_text(json.dumps({"c-1-2": ["x"]}))
+    (notes / "test_frameid2gtbox_1.json").write_text(json.dumps({"d-1-2-0010": [], "d-1-2-0009": [[1, 2, 3, 4, 20000001]]}))
+    lives = data.Lives(tmp_path, "test")
+    assert lives.video_ids == ["a-1-2", "b-1-2", "c-1-2", "d-1-2"] and lives.lengths.tolist() == [0, 0, 0, 2]
+    assert lives.clip(0).asr == "hello\u2028more" and lives.clip(2).image_ids == ["x"]
+    assert lives.clip(3).frame_ids == ["d-1-2-0009", "d-1-2-0010"] and lives.clip(3).boxes[0][0, 4] == 20000001
 
 
 def test_a_python_list_and_boxes_of_every_form_are_read(tmp_path, livestreams):
@@ -158,7 +188,7 @@ def test_pairs_see_the_clip_through_its_boxes(livestreams):
     boxes = data.true_boxes(lives)
     for view in ("box", "mask", "frame"):
         samples = data.PairSet(lives, tokenizer, 2, 32, 2, view, boxes, True)
-        batch = data.collate_pairs([samples[(0, i)] for i in range(3)])
+        batch = torch.utils.data.default_collate([samples[(0, i)] for i in range(3)])
         assert batch["frames"].shape == (3, 2, 3, 32, 32) and batch["keep"].shape == (3, 2, 4) and batch["image"].shape == (3, 3, 32, 32)
         assert batch["asr"].shape == batch["title"].shape == (3, 24) and (batch["title"][:, 0] == 1).all()
         assert bool(batch["keep"].all()) == (view != "mask") and batch["keep"].any(-1).all()
@@ -168,6 +198,27 @@ def test_pairs_see_the_clip_through_its_boxes(livestreams):
     assert data.square_view(image, (20, 10, 30, 20), 16, margin=2.0).float().mean() == pytest.approx(255 / 4, rel=0.1)
     with pytest.raises(BadInput, match="--view frame"):
         data.PairSet(lives, tokenizer, 2, 32, 2, "box", None, True)
+
+
+def test_a_box_without_category_trains_nobody(tmp_path, livestreams):
+    rows = (livestreams / "annotations" / "training_videoinfo_part_00.txt").read_text().splitlines()
+    fields = rows[0].split("\t")
+    fields[2], fields[5] = "[[1, 2, 30, 40], [], [], []]", ""
+    shutil.copytree(livestreams / "frames", tmp_path / "frames")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "training_videoinfo_x.txt").write_text("\n".join(["\t".join(fields), *rows[1:]]) + "\n")
+    lives = data.Lives(tmp_path, "train")
+    with pytest.raises(BadInput, match="category -1"):
+        data.DetectionSet(lives, lives.categories, 1, (48, 48, 16), 100, True)[(0, 0)]
+
+
+def test_a_short_clip_is_filled_up(livestreams):
+    lives = data.Lives(livestreams, "test")
+    boxes = {"start": np.array([0] * len(lives) + [0]), "position": np.zeros(0, int), "box": np.zeros((0, 6))}
+    item = data.PairSet(lives, data.Tokenizer(b""), 6, 32, 2, "box", boxes, False)[(0, 0)]
+    assert item["frames"].shape == (6, 3, 32, 32) and item["valid"].tolist() == [True] * 4 + [False] * 2 and "image" not in item
+    lives.frames[lives.video_ids[0]] = []
+    assert not data.PairSet(lives, data.Tokenizer(b""), 6, 32, 2, "box", boxes, False)[(0, 0)]["valid"].any()
 
 
 def test_tokenizer_of_nothing_and_of_text():
@@ -194,5 +245,5 @@ def test_order_depends_on_seed_and_step_alone():
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_shards_hold_every_sample_once(world):
-    shards = [[i for batch in data.ShardSampler(7, 2, rank, world) for _, i in batch] for rank in range(world)]
+    shards = [[i for batch in data.ShardSampler(range(7), 2, rank, world) for _, i in batch] for rank in range(world)]
     assert sorted(sum(shards, [])) == list(range(7))

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from conftest import golden
 
-from eval import average_precision, rank_k
+from eval import average_precision, chance, rank_k
 
 
 def xyxy(xywh):
@@ -69,3 +69,8 @@ def test_rank_k_by_hand():
     assert rank_k([[0.1, 0.5, 0.9]], positive, [[True, False, False]])[1] == 1            # outside the gallery: not compared
     assert rank_k([[0.1, 0.5, 0.9]], positive, [[False, True, True]])[10] == 0            # its image is not in the gallery
     assert rank_k([[np.nan] * 3, [0.9, 0.1, 0.2]], np.repeat(positive, 2, 0))[10] == 0.5  # no prediction is a miss, and counts
+
+
+def test_chance_by_hand():
+    assert chance(10, 1, 1) == pytest.approx(0.1) and chance(10, 3, 5) == pytest.approx(1 - 21 / 252)
+    assert chance(10, 0, 5) == 0 and chance(4, 1, 5) == 1

@@ -1,4 +1,5 @@
 """The whole pipeline in small: every stage through train.main, one process and two, resume, errors, the README's commands."""
+import argparse
 import json
 import os
 import re
@@ -9,10 +10,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, golden
 
 import data
 import eval as evaluation
+import rice
 import train
 
 SMALL = ("--steps 2 --batch 4 --workers 0 --frames 4 --shortest 48,64,16 --longest 96 --dim 32 --heads 4 --queries 9 --ffn 32 "
@@ -101,6 +103,42 @@ def test_a_second_run_says_that_all_is_done(run_one, livestreams, capsys):
     assert before == {stage: (run_one / f"{stage}.pt").read_bytes() for stage in train.STAGES}
 
 
+def test_a_stage_notices_that_the_one_before_it_changed(run_one, livestreams, tmp_path, capsys):
+    for stage in train.STAGES:
+        shutil.copy(run_one / f"{stage}.pt", tmp_path)
+    (tmp_path / "sd.pt").unlink()
+    train.main(["--stage", "sd", "--data", str(livestreams), "--out", str(tmp_path), *SMALL, "--seed", "1"])
+    for stage, before in (("md", "sd"),):
+        with pytest.raises(SystemExit):
+            train.main(["--stage", stage, "--data", str(livestreams), "--out", str(tmp_path), *SMALL])
+        assert f"another {before}.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--view", "mask"], ["--view", "frame"], ["--boxes", "true", "--negatives", "rand"], ["--losses", "icl"]])
+def test_rice_trains_and_ranks_in_every_view(run_one, livestreams, tmp_path, flags):
+    shutil.copy(run_one / "md.pt", tmp_path)
+    train.main(["--stage", "rice", "--data", str(livestreams), "--out", str(tmp_path), *SMALL, *flags])
+    result = json.loads((tmp_path / "results.json").read_text())["rice"]
+    assert 0 <= result["results"]["none" if "frame" in flags else "true"]["icl"]["R1"] <= 100 and (tmp_path / "ranking.png").exists()
+
+
+def test_eval_names_what_is_missing_and_counts_it_as_a_miss(run_one, livestreams, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(livestreams, root)
+    path = next((root / "annotations").glob("test_frameid2gtbox_*.json"))
+    gone = data.Lives(root, "test").video_ids[0]
+    path.write_text(json.dumps({f: b for f, b in json.loads(path.read_text()).items() if not f.startswith(gone)}))
+    evaluation.main(["--ckpt", str(run_one / "rice.pt"), "--data", str(root), "--out", str(tmp_path / "new"), "--json", str(tmp_path / "j.json")])
+    counts = json.loads((tmp_path / "j.json").read_text())["counts"]
+    assert counts["missing"] == 1 and counts["clips"] == 8 and "missing=1" in capsys.readouterr().out
+    for name in ("test_videoid_to_gtimage", "test_liveid_to_gallery"):
+        next((root / "annotations").glob(f"{name}_*")).unlink()
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(["--ckpt", str(run_one / "rice.pt"), "--data", str(root)])
+    assert stop.value.code == 2 and "test_liveid_to_gallery" in capsys.readouterr().err
+    evaluation.main(["--ckpt", str(run_one / "md.pt"), "--data", str(root), "--out", str(tmp_path)])
+
+
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_a_stopped_run_resumes_to_the_same_weights(run_one, livestreams, tmp_path, monkeypatch, stage):
     shutil.copy(run_one / "sd.pt", tmp_path), shutil.copy(run_one / "md.pt", tmp_path)
@@ -135,7 +173,10 @@ def test_a_stopped_run_resumes_to_the_same_weights(run_one, livestreams, tmp_pat
 @pytest.mark.parametrize("command, says", [
     (["--stage", "md"], "train it with `python train.py --stage sd`"),
     (["--stage", "rice"], "train it with `python train.py --stage md`"),
-    (["--stage", "xx"], "--stage xx"), (["--preset", "huge"], "--preset huge"), (["--shortest", "1,2"], "--shortest"),
+    (["--stage", "xx"], "--stage xx"), (["--heads", "3"], "--dim"), (["--batch", "0"], "--batch 0"), (["--lr", "-1"], "--lr -1"),
+    (["--workers", "-1"], "--workers -1"), (["--seed", "-1"], "--seed -1"), (["--backbone", "foo"], "--backbone foo"), (["--size", "40"], "--size"),
+    (["--shortest", "80,48,16"], "--shortest"), (["--save-every", "0"], "--save-every 0"), (["--init", "x.pth"], "--stage sd or --stage rice"),
+    (["--view", "box", "--boxes", "none"], "--view box"), (["--preset", "huge"], "--preset huge"), (["--shortest", "1,2"], "--shortest"),
     (["--stage", "sd", "--data", "nowhere"], "nowhere"), (["--stage", "sd", "--init", "nothing.pth"], "nothing.pth")])
 def test_bad_input_is_one_line_and_status_2(tmp_path, livestreams, capsys, command, says):
     with pytest.raises(SystemExit) as stop:
@@ -178,9 +219,9 @@ def test_learning_rate_is_a_function_of_the_step():
 
 def test_the_paper_preset_is_the_supplement():
     sd, md, rice = (train.configure({"preset": "paper"}, stage) for stage in train.STAGES)
-    assert (sd.shortest, sd.longest, sd.lr, sd.backbone_lr, sd.weight_decay, sd.batch, sd.epochs, sd.drop) == ("480,800,32", 1333, 1e-4, 1e-5, 1e-4, 64, 20, 0.75)
+    assert (sd.shortest, sd.longest, sd.lr, sd.backbone_lr, sd.weight_decay, sd.batch, sd.epochs, sd.drop) == ([480, 800, 32], 1333, 1e-4, 1e-5, 1e-4, 64, 20, 0.75)
     assert (sd.backbone, sd.encoder_layers, sd.decoder_layers, sd.queries) == ("resnet50", 6, 6, 300)
-    assert (md.lr, md.backbone_lr, md.frames, md.keep) == (2e-4, 2e-5, 10, "80,50,30")
+    assert (md.lr, md.backbone_lr, md.frames, md.keep) == (2e-4, 2e-5, 10, [80, 50, 30])
     assert (rice.width, rice.patch, rice.size, rice.frames, rice.n_neg, rice.negatives) == (768, 32, 224, 10, 3, "hard")
 
 
@@ -189,9 +230,9 @@ def test_public_weights_load_by_name_and_only_the_class_head_may_differ(tmp_path
     make = lambda classes: evaluation.build({"stage": "sd", "queries": 5, "dim": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 2, "ffn": 16,
                                              "backbone": "resnet18", "dense": 0.0}, classes, None)
     public, ours = make(91), make(34)
-    torch.save({"model": {f"module.{k}": v for k, v in public.state_dict().items()}}, tmp_path / "coco.pth")
+    torch.save({"model": {f"module.{k}": v for k, v in public.state_dict().items()}, "args": argparse.Namespace(lr=1)}, tmp_path / "coco.pth")
     head = ours.class_embed.weight.clone()
-    train.start_from(ours, tmp_path / "coco.pth")
+    assert "re-initialised class_embed.weight, class_embed.bias" in train.start_from(ours, tmp_path / "coco.pth")
     for key, value in public.state_dict().items():
         assert key.startswith("class_embed.") or torch.equal(ours.state_dict()[key], value)
     assert torch.equal(ours.class_embed.weight, head)
@@ -202,8 +243,19 @@ def test_public_weights_load_by_name_and_only_the_class_head_may_differ(tmp_path
     state = public.state_dict()
     state.pop("input_proj.bias")
     torch.save(state | {"stranger": torch.zeros(1)}, tmp_path / "bad.pth")
-    with pytest.raises(data.BadInput, match="input_proj.bias.*stranger"):
+    with pytest.raises(data.BadInput, match="missing: input_proj.bias; left over: stranger"):
         train.start_from(ours, tmp_path / "bad.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(data.BadInput, match="not a state dict"):
+        train.start_from(ours, tmp_path / "list.pth")
+
+
+def test_clip_weights_load_into_the_image_encoder(tmp_path):
+    model = rice.RICE({"width": 64, "layers": 2, "heads": 1, "patch": 8, "size": 32, "dim": 32}, 10)
+    weights = golden("clip_vit_tiny.pt")["state_dict"]
+    torch.save({k: v.half() for k, v in weights.items()} | {"logit_scale": torch.tensor(1.0), "text_projection": torch.zeros(2, 2)}, tmp_path / "clip.pt")
+    train.start_from(model, tmp_path / "clip.pt")
+    assert all(torch.equal(model.state_dict()[k], v.half().float()) for k, v in weights.items())
 
 
 def readme_commands():
