@@ -68,7 +68,8 @@ def average_precision(truth, detections):
     pair_d = np.repeat(np.arange(len(d_key)), count)
     pair_t = np.arange(len(pair_d)) - np.repeat(np.cumsum(count) - count, count) + first[pair_d]
     t_area, d_area = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (t_box, d_box))
-    inner = (np.minimum(d_box[pair_d, 2:], t_box[pair_t, 2:]) - np.maximum(d_box[pair_d, :2], t_box[pair_t, :2])).clip(0).prod(1)
+    low, high = np.maximum(d_box[pair_d, :2], t_box[pair_t, :2]), np.minimum(d_box[pair_d, 2:], t_box[pair_t, 2:])
+    inner = (high - low).clip(0).prod(1)
     iou = inner / (d_area[pair_d] + t_area[pair_t] - inner)
     by_rank = np.argsort(rank[pair_d], kind="stable")
     pair_d, pair_t, iou = pair_d[by_rank], pair_t[by_rank], iou[by_rank]
@@ -257,13 +258,14 @@ def predict(model, config, categories, lives, device, every_frame=True):
     pixels of the picture on disk, score, class. every_frame=False takes only `frames` of each clip, at even intervals,
     and leaves the control "md1" out: what RICE needs to train.
     """
-    dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], train=False, every_frame=every_frame)
+    dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], False, every_frame=every_frame)
     # Small pictures go several clips at a time. At the paper's size a batch is one clip: a ResNet lets padding leak across
     # a picture's edge, so what a clip is padded with must not depend on the number of processes.
     together = max(1, 10 ** 6 // (config["frames"] * config["shortest"][1] * config["longest"]))
-    batches = data.ShardSampler(range(len(dataset)), together, *start_processes())
+    shard = data.ShardSampler(range(len(dataset)), together, *start_processes())
+    batches = DataLoader(dataset, batch_sampler=shard, num_workers=config["workers"], collate_fn=data.collate_detection)
     rows, many = {}, config["stage"] == "md"
-    for batch in watch(DataLoader(dataset, batch_sampler=batches, num_workers=config["workers"], collate_fn=data.collate_detection), f"detect {lives.split}"):
+    for batch in watch(batches, f"detect {lives.split}"):
         valid, padding = batch["valid"].to(device), batch["padding"].to(device)
         frames = data.to_float(batch["frames"].to(device), data.IMAGENET, padding)
         padding = padding & valid[..., None, None]
@@ -271,7 +273,7 @@ def predict(model, config, categories, lives, device, every_frame=True):
             *single, memory = model.single(frames, padding)
             answers = {"sd": single[1:], "md": tuple(x[-1] for x in model.temporal(*single, memory, valid))}
             if every_frame:
-                alone = model.temporal(*(x.flatten(0, 1)[:, None] for x in single), memory, torch.ones_like(valid).flatten()[:, None])
+                alone = model.temporal(*(x.flatten(0, 1)[:, None] for x in single), memory, torch.ones(valid.numel(), 1, dtype=torch.bool, device=device))
                 answers["md1"] = tuple(x[-1].unflatten(0, valid.shape).squeeze(2) for x in alone)
         else:
             logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
@@ -290,9 +292,10 @@ def predict(model, config, categories, lives, device, every_frame=True):
 
 def predicted_boxes(checkpoint, lives, folder, device):
     """`predict` with a detector's checkpoint, kept in one file and used again while detector and data are the same."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted((lives.root / "annotations").iterdir())]
-    seen = f"{fingerprint(checkpoint)} {lives.root.resolve()} {files} {[checkpoint['config'][name] for name in ('frames', 'shortest', 'longest')]}"
-    path = Path(folder) / f"boxes-{lives.split}-{hashlib.sha256(seen.encode()).hexdigest()[:12]}.npz"
+    notes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted((lives.root / "annotations").iterdir())]
+    sizes = [checkpoint["config"][name] for name in ("frames", "shortest", "longest")]
+    mark = hashlib.sha256(f"{fingerprint(checkpoint)} {lives.root.resolve()} {notes} {sizes}".encode()).hexdigest()[:12]
+    path = Path(folder) / f"boxes-{lives.split}-{mark}.npz"
     there = [path.exists()]
     if dist.is_initialized():
         dist.broadcast_object_list(there)             # one process may look before another has written
@@ -323,54 +326,69 @@ LABELS = {"sd": "SD", "md1": "MD, T = 1", "md": "MD"}
 
 def table(header, rows):
     """Lines of a table whose columns line up; numbers with one decimal, a dash where there is none."""
-    cells = [[c if isinstance(c, str) else "-" if c is None or math.isnan(c) else f"{c:.1f}" for c in row] for row in (header, *rows)]
+    def text(cell):
+        return cell if isinstance(cell, str) else "-" if cell is None or math.isnan(cell) else f"{cell:.1f}"
+    cells = [[text(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells)
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
 
 
-def score_detections(rows, lives, categories):
-    """Table 1 of each method in `rows`: {method: {"class-agnostic": {column: percent}, "per category": ..., "kinds": ...}}."""
+def true_boxes(rows, lives, categories):
+    """The true boxes of the frames in `rows`: frame [G] (its place in rows), category [G] (-1: not told), box [G,4]; kinds [F]."""
     numbers = {raw: k for k, raw in enumerate(categories)}
     frame_of = {(int(c), int(t)): f for f, (c, t) in enumerate(zip(rows["clip"], rows["position"]))}
-    image, category, box, kinds = [], [], [], np.full(len(rows["clip"]), "", object)
+    frame, category, box, kinds = [], [], [], np.full(len(rows["clip"]), "", object)
     for c in np.unique(rows["clip"]):
         clip = lives.clip(int(c))
         for t, boxes in enumerate(clip.boxes or []):
             f = frame_of[int(c), t]
-            for x1, y1, x2, y2, raw in boxes:
-                # A category that training never showed is a class of its own, which no detection can hit.
-                image.append(f), category.append(-1 if raw < 0 else numbers.get(int(raw), len(numbers) + int(raw))), box.append((x1, y1, x2, y2))
             kinds[f] = clip.kinds[t] if clip.kinds else ""
-    image, category, box = np.array(image, int), np.array(category, int), np.array(box, np.float64).reshape(-1, 4)
-    if not len(image):
-        raise BadInput(f"{lives.root}: the {lives.split} split has no true boxes, so there is no AP; a detector is judged by boxes")
+            for *xyxy, raw in boxes:
+                frame.append(f)
+                box.append(xyxy)
+                # A category that training never showed is a class of its own, which no detection can hit.
+                category.append(-1 if raw < 0 else numbers.get(int(raw), len(numbers) + int(raw)))
+    return np.array(frame, int), np.array(category, int), np.array(box, np.float64).reshape(-1, 4), kinds
+
+
+def score_detections(rows, lives, categories):
+    """Table 1 of each method in `rows`, in percent: {method: {"class-agnostic": {column: AP}, "per category": {column: AP},
+    "hit": share of boxes found, "category": share named right, "kinds": {kind of frame: ...}}}, and what was counted."""
+    frame, category, box, kinds = true_boxes(rows, lives, categories)
+    if not len(frame):
+        raise BadInput(f"{lives.root}: the {lives.split} split has no true boxes, and a detector is judged by boxes")
     clip_ids = np.array([lives.video_ids[c] for c in rows["clip"]], object)
     parts = {"all": np.ones(len(clip_ids), bool)}
     parts |= {f"{value} {name}": np.array([v in ids for v in clip_ids], bool) for (name, value), ids in lives.members.items()}
     results = {}
     for method in (m for m in LABELS if m in rows):
-        found, result = rows[method], {"class-agnostic": dict.fromkeys(COLUMNS_1), "per category": dict.fromkeys(COLUMNS_1)}
-        for kind, true, guess in (("class-agnostic", np.zeros(len(image), int), np.zeros(len(found), int)), ("per category", category, found[:, 5].astype(int))):
-            if kind == "per category" and (category < 0).any():
-                continue                                             # test boxes without a category: class-agnostic only
+        found = rows[method]
+        guess, right = found[:, 5].astype(int), found[frame, 5].astype(int) == category
+        views = {"class-agnostic": (np.zeros_like(category), np.zeros_like(guess))}
+        if (category >= 0).all():                                  # else the test boxes do not tell their category
+            views["per category"] = category, guess
+        result = results[method] = {"class-agnostic": dict.fromkeys(COLUMNS_1), "per category": dict.fromkeys(COLUMNS_1)}
+        for view, (true, guessed) in views.items():
             for name, part in parts.items():
-                mine = part[image]
-                if mine.any():
-                    ap = average_precision({"image": image[mine], "category": true[mine], "box_xyxy": box[mine]},
-                                           {"image": np.flatnonzero(part), "category": guess[part], "box_xyxy": found[part, :4], "score": found[part, 4]})
-                    result[kind] |= {n: 100 * ap[n] for n in ("AP", "AP50", "AP75")} if name == "all" else {name: 100 * ap["AP50"]}
-        overlap = _overlaps(found[image, :4], box)
-        hit = np.zeros(len(found), bool)
-        np.logical_or.at(hit, image, overlap >= 0.5)
-        right = found[image, 5].astype(int) == category
-        shown = np.zeros(len(found), bool)
-        shown[image] = True
+                mine = part[frame]
+                if not mine.any():
+                    continue
+                ap = average_precision({"image": frame[mine], "category": true[mine], "box_xyxy": box[mine]},
+                                       {"image": np.flatnonzero(part), "category": guessed[part],
+                                        "box_xyxy": found[part, :4], "score": found[part, 4]})
+                columns = {column: column for column in ("AP", "AP50", "AP75")} if name == "all" else {name: "AP50"}
+                result[view] |= {column: 100 * ap[statistic] for column, statistic in columns.items()}
+        hit, shown = np.zeros(len(found), bool), np.zeros(len(found), bool)
+        np.logical_or.at(hit, frame, _overlaps(found[frame, :4], box) >= 0.5)
+        shown[frame] = True
         result["hit"] = 100 * float(hit[shown].mean())
-        result["category"] = 100 * float(right.mean()) if (category >= 0).all() else None
-        result["kinds"] = {k: {"frames": int((kinds == k).sum()), "hit": 100 * float(hit[kinds == k].mean()) if shown[kinds == k].any() else None,
-                               "score": 100 * float(found[kinds == k, 4].mean())} for k in (*data.KINDS, "absent") if (kinds == k).any()}
-        results[method] = result
-    return results, {"clips": len(lives), "frames": len(clip_ids), "boxes": len(image)}
+        result["category"] = 100 * float(right.mean()) if "per category" in views else None
+        result["kinds"] = {}
+        for kind in (k for k in (*data.KINDS, "absent") if (kinds == k).any()):
+            here = kinds == kind
+            result["kinds"][kind] = {"frames": int(here.sum()), "score": 100 * float(found[here, 4].mean()),
+                                     "hit": 100 * float(hit[here].mean()) if shown[here].any() else None}
+    return results, {"clips": len(lives), "frames": len(clip_ids), "boxes": len(frame)}
 
 
 def _overlaps(a, b):
@@ -380,15 +398,16 @@ def _overlaps(a, b):
 
 
 def show_table_1(results, counts):
-    print(f"\nTable 1, one box a frame ({counts['clips']} clips, {counts['frames']} frames, {counts['boxes']} boxes); AP50 from the fourth column on")
-    rows = [(f"{LABELS[m]}, {kind}", *r[kind].values()) for kind in ("class-agnostic", "per category") for m, r in results.items() if r[kind]["AP"] is not None]
+    print(f"\nTable 1, one box a frame ({counts['clips']} clips, {counts['frames']} frames, {counts['boxes']} boxes); "
+          "AP50 from the fourth column on")
+    rows = [(f"{LABELS[m]}, {view}", *r[view].values()) for view in ("class-agnostic", "per category")
+            for m, r in results.items() if r[view]["AP"] is not None]
     print(table(("", *COLUMNS_1), rows + [(f"paper's {name}", *values) for name, values in PAPER_1.items()]))
     kinds = results["sd"]["kinds"]
-    header = ("", "all", *kinds, "right category")
     rows = [(LABELS[m], r["hit"], *(r["kinds"][k]["hit"] for k in kinds), r["category"]) for m, r in results.items()]
     rows += [(f"{LABELS[m]}, mean score", None, *(r["kinds"][k]["score"] for k in kinds), None) for m, r in results.items() if kinds]
-    print("\nFrames whose box has IoU 0.5 or more, by kind of frame (%)" if kinds else "\nFrames whose box has IoU 0.5 or more (%)")
-    print(table(header, rows))
+    print(f"\nFrames whose box has IoU 0.5 or more{', by kind of frame' if kinds else ''} (%)")
+    print(table(("", "all", *kinds, "right category"), rows))
 
 
 # ------------------------------------------------------------------ Table 2
@@ -418,6 +437,40 @@ def rerank(model, similarity, images, clips, padding, top):
 
 
 @torch.no_grad()
+def rank_live(model, tokenizer, config, lives, live, clips, sources, device):
+    """One live: its clips (numbers) against its own gallery, for every source of boxes.
+
+    -> {"live", "clips", "ids" of the gallery, "positive" [Q,M], "score": {source: {"icl": [Q,M], "pmd": ..., "fused": ...}}}
+    """
+    ids = list(dict.fromkeys(lives.galleries.get(live, [])))
+    true = [set(lives.positives.get(lives.video_ids[q], [])) for q in clips]
+    row = {"live": live, "clips": clips, "ids": ids, "score": {},
+           "positive": np.array([[i in images for i in ids] for images in true], bool).reshape(len(clips), len(ids))}
+    if not ids:
+        return row
+
+    def encode_images(b):
+        return model.encode_images(data.to_float(b["image"], data.CLIP), b["title"])
+
+    def encode_clips(b):
+        frames = data.to_float(b["frames"], data.CLIP)
+        return *model.encode_clips(frames, b["keep"], b["valid"], b["asr"]), b["valid"].any(1)
+
+    shop = data.ImageSet(lives, tokenizer, config["size"], ids)
+    image, image_tokens = embed(encode_images, shop, range(len(ids)), config, device)            # [M,D], [M,1+P+1,W]
+    for source, boxes in sources.items():
+        view = "frame" if boxes is None else config["view"]
+        pairs = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid, view, boxes, False)
+        clip, tokens, padding, seen = embed(encode_clips, pairs, clips, config, device)          # [Q,D], [Q,R,W], [Q,R], [Q]
+        scores = {"icl": model.scale() * clip @ image.T}                                         # [Q,M]
+        if hasattr(model, "pmd"):
+            scores["pmd"] = rerank(model, scores["icl"], image_tokens, tokens, padding, config["rerank"])
+            scores["fused"] = scores["icl"] + scores["pmd"]
+        # A clip without frames has no prediction: it stays in the denominator, as a miss.
+        row["score"][source] = {name: s.masked_fill(~seen[:, None], math.nan).cpu().numpy() for name, s in scores.items()}
+    return row
+
+
 def score_ranking(checkpoint, lives, folder, device):
     """Table 2: R1, R5, R10 in each live's gallery, for every source of boxes there is: by ICL, by the PMD, by both.
 
@@ -433,46 +486,29 @@ def score_ranking(checkpoint, lives, folder, device):
         found = predicted_boxes(checkpoint["detector"], lives, folder, device) if "detector" in checkpoint else {}
         sources = {"true": data.true_boxes(lives)} if lives.truth else {}
         sources |= {name: seen_through(found, name, len(lives)) for name in ("md", "sd") if name in found} | {"none": None}
-    main = config["boxes"] if config["boxes"] in sources else "none"
-    members, rows = {}, []
+    members, (rank, world) = {}, start_processes()
     for q, video_id in enumerate(lives.video_ids):
         members.setdefault(data.live_of(video_id), []).append(q)
-    rank, world = start_processes()
-    for live, clips in watch(list(members.items())[rank::world], "rank lives"):
-        ids = list(dict.fromkeys(lives.galleries.get(live, [])))
-        row = {"live": live, "clips": clips, "ids": ids, "score": {},
-               "positive": np.array([[i in lives.positives.get(lives.video_ids[q], []) for i in ids] for q in clips], bool)}
-        rows.append(row)
-        if ids:
-            shop = data.ImageSet(lives, tokenizer, config["size"], ids)
-            image, image_tokens = embed(lambda b: model.encode_images(data.to_float(b["image"], data.CLIP), b["title"]), shop, range(len(ids)), config, device)
-        for source, boxes in sources.items() if ids else ():
-            view = "frame" if boxes is None else config["view"]
-            pairs = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid, view, boxes, train=False)
-            clip, tokens, padding, seen = embed(lambda b: (*model.encode_clips(data.to_float(b["frames"], data.CLIP), b["keep"], b["valid"], b["asr"]),
-                                                           b["valid"].any(1)), pairs, clips, config, device)
-            similarity = model.scale() * clip @ image.T                                          # [Q,M]
-            scores = {"icl": similarity}
-            if hasattr(model, "pmd"):
-                scores["pmd"] = rerank(model, similarity, image_tokens, tokens, padding, config["rerank"])
-                scores["fused"] = similarity + scores["pmd"]
-            # A clip without frames has no prediction: it stays in the denominator, as a miss.
-            row["score"][source] = {name: s.masked_fill(~seen[:, None], math.nan).cpu().numpy() for name, s in scores.items()}
-    rows = gather_list(rows, list(members))
-    asked = np.array([len(row["clips"]) for row in rows])
+    rows = gather_list([rank_live(model, tokenizer, config, lives, live, clips, sources, device)
+                        for live, clips in watch(list(members.items())[rank::world], "rank lives")], list(members))
 
-    def percent(source, name):
-        hits = [rank_k(row["score"][source][name], row["positive"]) if row["ids"] else {1: 0, 5: 0, 10: 0} for row in rows]
-        return {f"R{k}": 100 * float(np.dot(asked, [hit[k] for hit in hits]) / asked.sum()) for k in (1, 5, 10)}
+    def share(parts):
+        """A share of each live's clips -> the share of all clips, in percent."""
+        return {f"R{k}": 100 * sum(len(row["clips"]) * part[k] for row, part in zip(rows, parts)) / len(lives) for k in (1, 5, 10)}
+
+    def found_in(row, source, name):
+        return rank_k(row["score"][source][name], row["positive"]) if row["ids"] else {1: 0.0, 5: 0.0, 10: 0.0}
 
     names = ("icl", "pmd", "fused") if hasattr(model, "pmd") else ("icl",)
-    results = {source: {name: percent(source, name) for name in names} for source in sources}
-    chances = [{k: np.mean([chance(len(row["ids"]), int(p), k) for p in row["positive"].sum(1)]) for k in (1, 5, 10)} for row in rows]
-    counts = {"clips": len(lives), "lives": len(rows), "gallery": float(np.dot(asked, [len(row["ids"]) for row in rows]) / asked.sum()),
-              "missing": int((lives.lengths == 0).sum()), "several true images": int(sum((row["positive"].sum(1) > 1).sum() for row in rows)),
-              "chance": {f"R{k}": 100 * float(np.dot(asked, [c[k] for c in chances]) / asked.sum()) for k in (1, 5, 10)},
-              "each live": {row["live"]: [len(row["clips"]), len(row["ids"]), *(100 * v for v in rank_k(row["score"][main]["icl"], row["positive"]).values()),
-                                          100 * float(c[1])] for row, c in zip(rows, chances) if row["ids"]}}
+    results = {source: {name: share([found_in(row, source, name) for row in rows]) for name in names} for source in sources}
+    main = config["boxes"] if config["boxes"] in sources else "none"
+    chances = [{k: float(np.mean([chance(len(row["ids"]), int(p), k) for p in row["positive"].sum(1)])) for k in (1, 5, 10)} for row in rows]
+    counts = {"clips": len(lives), "lives": len(rows), "missing": int((lives.lengths == 0).sum()), "chance": share(chances),
+              "gallery": sum(len(row["clips"]) * len(row["ids"]) for row in rows) / len(lives),
+              "several true images": int(sum((row["positive"].sum(1) > 1).sum() for row in rows)), "each live": {}}
+    for row, luck in zip(rows, chances):
+        hits = [100 * value for value in found_in(row, main, "icl").values()]
+        counts["each live"][row["live"]] = [len(row["clips"]), len(row["ids"]), *hits, 100 * luck[1]]
     return results, counts, {"rows": rows, "source": main, "boxes": sources[main], "score": names[-1]}
 
 
@@ -511,8 +547,8 @@ def _dashed(draw, box, colour, dash=6):
     for a, b in (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x2, y2), (x1, y2)), ((x1, y2), (x1, y1))):
         length = max(1, math.hypot(b[0] - a[0], b[1] - a[1]))
         for start in np.arange(0, length, 2 * dash):
-            end = min(length, start + dash)
-            draw.line([*(p + (q - p) * start / length for p, q in zip(a, b)), *(p + (q - p) * end / length for p, q in zip(a, b))], fill=colour, width=2)
+            stretch = (start / length, min(1, (start + dash) / length))
+            draw.line([p + (q - p) * s for s in stretch for p, q in zip(a, b)], fill=colour, width=2)
 
 
 def open_picture(lives, folder, name):

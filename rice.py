@@ -11,6 +11,8 @@ width, D embedding, N text tokens, R tokens of a clip, C candidate clips of an i
 there is nothing; `keep` and `valid` are True where there is something.
 """
 import math
+import pickle
+import zipfile
 from collections import OrderedDict
 
 import torch
@@ -163,9 +165,10 @@ def icl_loss(clip, image, scale, product=None):
     clip, image [B,D] (normalised here), scale of the cosine, product [B]: clips of a batch may show the same product, and
     such a pair is no negative (the public code takes it for one). -> the mean of both directions.
     """
-    clip, image = F.normalize(clip.float(), dim=-1), F.normalize(image.float(), dim=-1)          # [B,D], [B,D]
     own = torch.arange(len(clip), device=clip.device) + first_row(len(clip))                     # [B]
-    logits = torch.stack([scale * clip @ gather(image).T, scale * image @ gather(clip).T])       # [2,B,A]
+    with torch.autocast(clip.device.type, enabled=False):                    # products of a softmax stay float32
+        clip, image = F.normalize(clip.float(), dim=-1), F.normalize(image.float(), dim=-1)      # [B,D], [B,D]
+        logits = torch.stack([scale * clip @ gather(image).T, scale * image @ gather(clip).T])   # [2,B,A]
     if product is not None:
         same = product[:, None] == gather(product)[None]                                         # [B,A]
         same[torch.arange(len(own)), own] = False
@@ -280,7 +283,8 @@ def pfr_loss(maps, head, clip_patches, image_patches, padding):
     The public code does not mask this softmax, so its padded frames take weight; here they take none.
     """
     weight = head(maps).squeeze(1).float().masked_fill(padding[:, None], -math.inf).softmax(-1)  # [B,P,R]
-    rebuilt = weight @ clip_patches.detach().float()                                             # [B,P,W]
+    with torch.autocast(maps.device.type, enabled=False):
+        rebuilt = weight @ clip_patches.detach().float()                                         # [B,P,W]
     return F.mse_loss(rebuilt, image_patches.detach().float())
 
 
@@ -355,7 +359,8 @@ class RICE(nn.Module):
     @torch.no_grad()
     def _candidates(self, image, clip, product, seed):
         """Column 0 the image's own clip, then its negatives from the clips of all processes: [B,1+n] and which are real."""
-        similarity = self.scale() * image @ gather(clip).T                                       # [B,A]
+        with torch.autocast(image.device.type, enabled=False):
+            similarity = self.scale() * image.float() @ gather(clip.float()).T                   # [B,A]
         row, (B, A) = first_row(len(image)), similarity.shape
         noise = gumbel((A, A), seed)[row:row + B].to(image.device)           # all rows are drawn, so any layout draws alike
         negatives, real = sample_negatives(similarity, product, gather(product), self.n_neg, self.hard, noise)
@@ -370,3 +375,57 @@ class RICE(nn.Module):
         # Times sqrt(width of a head), as the public code returns its maps: weights of 1/R alone are too small to learn from.
         maps = maps * math.sqrt(clip_tokens.shape[-1] / heads)
         return pfr_loss(maps, self.pfr_head, clip_patches, image_tokens[:, 1:1 + P], padding)
+
+
+# ------------------------------------------------------------------ public weights
+
+
+def fit_positions(positions, grid):
+    """Position embeddings of another picture size: [1+G*G,W] -> [1+g*g,W], bicubic in 2-d, the class token's kept."""
+    old = math.isqrt(len(positions) - 1)
+    square = positions[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2).float()                  # [1,W,G,G]
+    square = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)            # [1,W,g,g]
+    return torch.cat([positions[:1].float(), square[0].flatten(1).T])                            # [1+g*g,W]
+
+
+class _Tensors(pickle.Unpickler):
+    """Reads the tensors of a TorchScript archive as data: its classes become empty records, none of its code is run."""
+
+    class Record:
+        pass
+
+    def __init__(self, archive):
+        self.archive, self.root = archive, archive.namelist()[0].split("/")[0]
+        super().__init__(archive.open(f"{self.root}/data.pkl"))
+
+    def persistent_load(self, what):
+        _, dtype, key, _, _ = what
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
+
+    def find_class(self, module, name):
+        dtypes = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "LongStorage": torch.int64, "DoubleStorage": torch.float64,
+                  "BFloat16Storage": torch.bfloat16, "IntStorage": torch.int32, "BoolStorage": torch.bool}
+        if module == "torch" and name in dtypes:
+            return dtypes[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch.jit._pickle":
+            return lambda value, *_: value
+        if module.startswith("__torch__"):
+            return self.Record
+        raise pickle.UnpicklingError(f"{module}.{name} is not what an archive of weights holds")
+
+
+def read_torchscript(path):
+    """State dict of a TorchScript archive such as OpenAI's CLIP files; zipfile.BadZipFile or KeyError if it is none."""
+    def walk(record, prefix):
+        for name, value in vars(record).items():
+            if torch.is_tensor(value):
+                yield prefix + name, value
+            elif isinstance(value, _Tensors.Record):
+                yield from walk(value, f"{prefix}{name}.")
+    with zipfile.ZipFile(path) as archive:
+        archive.getinfo(f"{archive.namelist()[0].split('/')[0]}/constants.pkl")          # only TorchScript has this part
+        return dict(walk(_Tensors(archive).load(), ""))

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
+import rice
 from data import BadInput
 
 # ------------------------------------------------------------------ configuration
@@ -48,6 +50,7 @@ class Config:
     save_every: int = option(1000, "run", "steps between checkpoints")
     log_every: int = option(50, "run", "steps between lines of the log")
 
+    precision: str = option("float32", "optimisation", "float32, or bf16: autocast, with matching and losses in float32")
     steps: int = option(0, "optimisation", "training steps; 0: as many as --epochs makes", low=0)
     epochs: float = option(20.0, "optimisation", "passes over the samples (frames for sd, clips for md and rice)")
     batch: int = option(64, "optimisation", "samples a step over all processes: frames (sd), clips (md, rice)")
@@ -116,7 +119,7 @@ def configure(given, stage):
     config = Config(**(preset.get("all", {}) | preset[stage] | given | {"stage": stage}))
     config.out = config.out or f"runs/{config.preset}"
     for name, allowed in (("boxes", ("md", "sd", "true", "none")), ("view", ("box", "mask", "frame")), ("schedule", ("drop", "cosine")),
-                          ("negatives", ("hard", "rand")), ("losses", ("icl", "icl,pmd", "icl,pmd,pfr")),
+                          ("precision", ("float32", "bf16")), ("negatives", ("hard", "rand")), ("losses", ("icl", "icl,pmd", "icl,pmd,pfr")),
                           ("backbone", ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"))):
         if getattr(config, name) not in allowed:
             raise BadInput(f"--{name} {getattr(config, name)}: expected one of {' | '.join(allowed)}")
@@ -179,24 +182,30 @@ def prepare(config, device, saved):
             boxes = data.true_boxes(lives)
         elif config.boxes != "none":
             detector = finished(config, config.boxes)
-            kept |= {"detector": {name: detector[name] for name in ("config", "categories", "model")}, "base": evaluation.fingerprint(detector)}
-            boxes = evaluation.seen_through(evaluation.predicted_boxes(detector, lives, config.out, device), config.boxes, len(lives))
-        samples = data.PairSet(lives, tokenizer, config.train_frames, config.size, model.visual.grid, config.view, boxes, True, config.seed)
+            kept["base"] = evaluation.fingerprint(detector)
+            kept["detector"] = {name: detector[name] for name in ("config", "categories", "model")}
+            found = evaluation.predicted_boxes(detector, lives, config.out, device)
+            boxes = evaluation.seen_through(found, config.boxes, len(lives))
+        samples = data.PairSet(lives, tokenizer, config.train_frames, config.size, model.visual.grid, config.view, boxes,
+                               True, config.seed)
         return model, kept, samples, data.live_by_live(lives.live[samples.clips], config.per_live), None
     kept = {"categories": lives.categories}
     if config.stage == "md":
         base = finished(config, "sd")
         if base["categories"] != lives.categories:
-            raise BadInput(f"{config.out}/sd.pt knows the categories {str(base['categories'])[:200]}, {config.data} has {str(lives.categories)[:200]}")
+            raise BadInput(f"{config.out}/sd.pt knows the categories {str(base['categories'])[:200]}, "
+                           f"{config.data} has {str(lives.categories)[:200]}")
+        # MD's detector is the one that SD trained, whatever the flags say.
         for name in ("backbone", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "queries", "dense"):
-            setattr(config, name, base["config"][name])         # MD's detector is the one that SD trained, whatever the flags say
+            setattr(config, name, base["config"][name])
         kept["base"] = evaluation.fingerprint(base)
     if not lives.categories:
         raise BadInput(f"{config.data}: no training row names a category (columns 6 and 7); one category is enough")
     model = evaluation.build(vars(config), len(lives.categories), None)
     if config.stage == "md":
         model.sd.load_state_dict(base["model"])
-    samples = data.DetectionSet(lives, lives.categories, config.frames if config.stage == "md" else 1, config.shortest, config.longest, True, config.seed)
+    samples = data.DetectionSet(lives, lives.categories, config.frames if config.stage == "md" else 1, config.shortest,
+                                config.longest, True, config.seed)
     return model, kept, samples, data.shuffled(len(samples)), data.collate_detection
 
 
@@ -225,30 +234,49 @@ def start_from(model, path):
     """Public weights by name and shape; the class head may differ and is then left as initialised, nothing else may.
 
     A whole DAB-DETR checkpoint ({"model": ...}, with or without "module."), a torchvision ResNet for its backbone, or
-    CLIP's state dict for RICE's image encoder. -> one line that says what was loaded.
+    CLIP for RICE's image encoder: a state dict, or OpenAI's TorchScript archive. Kept in float32.
+    -> one line that says what was loaded; position embeddings of another picture size are interpolated, and it says so.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):          # DETR's checkpoints hold their flags too
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {key.removeprefix("module."): value.float() for key, value in state.get("model", state).items()}
-    except OSError:
-        raise BadInput(f"{path}: no such file") from None
-    except Exception as error:             # torch.load raises whatever the bytes lead it to
-        raise BadInput(f"{path}: not a state dict of tensors ({type(error).__name__})") from None
+    state, said = read_weights(path), ""
     own, place = model.state_dict(), ""
     if "layer4.0.conv1.weight" in state:
         place, state = "backbone.0.body.", {key: value for key, value in state.items() if not key.startswith("fc.")}
     elif hasattr(model, "visual"):
         place, state = "visual.", {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-    state = {place + key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
-    own = {key: value for key, value in own.items() if key.startswith(place) and (not key.startswith("transformer.decoder.bbox_embed.") or key in state)}
-    new = [key for key in own if key.startswith("class_embed.") and key in state and own[key].shape != state[key].shape]
-    wrong = {"missing": own.keys() - state.keys(), "left over": state.keys() - own.keys(),
-             "of another shape": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape} - set(new)}
+        positions, grid = state.get("positional_embedding"), model.visual.grid
+        if positions is not None and len(positions) != 1 + grid ** 2:
+            state["positional_embedding"] = rice.fit_positions(positions, grid)
+            said = f"; position embeddings interpolated from {len(positions) - 1} to {grid ** 2} patches"
+    unused = [key for key in state if key.endswith("num_batches_tracked")]
+    state = {place + key: value for key, value in state.items() if key not in unused}
+    # The decoder's box head is the model's own under a second name, which a checkpoint may leave out.
+    own = {key: value for key, value in own.items()
+           if key.startswith(place) and (key in state or not key.startswith("transformer.decoder.bbox_embed."))}
+    shapes = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
+    new = {key for key in shapes if key.startswith("class_embed.")}
+    wrong = {"missing": own.keys() - state.keys(), "left over": state.keys() - own.keys(), "of another shape": shapes - new}
     if any(wrong.values()):
         raise BadInput(f"{path}: " + "; ".join(f"{text}: {', '.join(sorted(keys)[:8])}" for text, keys in wrong.items() if keys))
     model.load_state_dict({key: value for key, value in state.items() if key not in new}, strict=False)
-    return f"{path}: loaded {len(own) - len(new)}, re-initialised {', '.join(new) or 'none'}"
+    return f"{path}: loaded {len(own) - len(new)}, re-initialised {', '.join(sorted(new)) or 'none'}, unused {len(unused)}{said}"
+
+
+def read_weights(path):
+    """The tensors of a weights file by name, in float32; nothing in the file is run."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file")
+    try:
+        return {key: value.float() for key, value in rice.read_torchscript(path).items()}
+    except (zipfile.BadZipFile, KeyError, IndexError):
+        pass                                                                  # no TorchScript archive: a state dict, then
+    except Exception as error:             # pickle raises whatever the bytes lead it to
+        raise BadInput(f"{path}: not a TorchScript archive of weights ({type(error).__name__})") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):          # DETR's checkpoints hold their flags too
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        return {key.removeprefix("module."): value.float() for key, value in state.get("model", state).items()}
+    except Exception as error:
+        raise BadInput(f"{path}: not a state dict of tensors ({type(error).__name__})") from None
 
 
 # ------------------------------------------------------------------ the loop
@@ -280,9 +308,12 @@ def train(config, rank, world, device):
     config.steps = config.steps or max(1, int(config.epochs * len(samples) / config.batch))
     if config.batch % world:
         raise BadInput(f"--batch {config.batch} is the batch of all processes together; it must be a multiple of their number, {world}")
-    changed = saved and differences(config, saved["config"]) + [f"{name} of the data or the detector" for name in ("categories", "base") if saved.get(name) != kept.get(name)]
-    if changed:
-        raise BadInput(f"{path} was made with another configuration ({', '.join(changed)}); give --out for a new run, or remove the file")
+    if saved:
+        changed = differences(config, saved["config"])
+        changed += [name for name in ("categories", "base") if saved.get(name) != kept.get(name)]
+        if changed:
+            raise BadInput(f"{path} was made with another configuration or on other data ({', '.join(changed)}); "
+                           "give --out for a new run, or remove the file")
     if config.init and not saved:
         said = start_from(model, config.init)
         if rank == 0:
@@ -292,8 +323,8 @@ def train(config, rank, world, device):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[name.startswith(("backbone.", "visual."))].append(parameter)
-    optimizer = torch.optim.AdamW([{"params": groups[True], "peak": config.backbone_lr}, {"params": groups[False], "peak": config.lr}],
-                                  weight_decay=config.weight_decay, fused=True)
+    rates = [{"params": groups[True], "peak": config.backbone_lr}, {"params": groups[False], "peak": config.lr}]
+    optimizer = torch.optim.AdamW(rates, weight_decay=config.weight_decay, fused=True)
     start = 0
     if saved:
         model.load_state_dict(saved["model"])
@@ -308,29 +339,32 @@ def train(config, rank, world, device):
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
     sampler = data.StepSampler(order, config.batch, config.steps, start, config.seed, rank, world)
-    batches = DataLoader(samples, batch_sampler=sampler, num_workers=config.workers, collate_fn=collate, pin_memory=device.type == "cuda")
-    with tqdm(total=config.steps * config.batch, initial=start * config.batch, desc=f"train {config.stage}", disable=rank > 0,
-              unit="frame" if config.stage == "sd" else "clip", mininterval=1) as bar:
+    batches = DataLoader(samples, batch_sampler=sampler, num_workers=config.workers, collate_fn=collate,
+                         pin_memory=device.type == "cuda")
+    with tqdm(total=config.steps * config.batch, initial=start * config.batch, desc=f"train {config.stage}",
+              unit="frame" if config.stage == "sd" else "clip", mininterval=1, disable=rank > 0) as bar:
         for step, batch in enumerate(batches, start):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, config)
-            loss, terms = wrapped(ready(batch, config, device, step))
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss, terms = wrapped(ready(batch, config, device, step))
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
+            stop_if_not_finite(loss, terms, norm, model, step, batch, samples.lives, rank, world)
             optimizer.step()
             bar.update(config.batch)
-            log_it, save_it = ((step + 1) % every == 0 or step + 1 == config.steps for every in (config.log_every, config.save_every))
-            if log_it or save_it:
+            last = step + 1 == config.steps
+            log_it, save_it = ((step + 1) % every == 0 or last for every in (config.log_every, config.save_every))
+            if log_it:
                 line = report(loss, terms, norm, world)
-                if not all(math.isfinite(value) for value in line.values()):
-                    raise BadInput(f"{config.stage} step {step + 1}: not finite: {line}; {path} holds the last good step; try a lower --lr")
                 bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "norm"})
             if log_it and rank == 0:
                 with open(log, "a") as file:
                     file.write(json.dumps({"step": step + 1, "lr": config.lr * learning_rate(step, config)} | line) + "\n")
             if save_it and rank == 0:
-                save(path, {"config": vars(config), "step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | kept)
+                save(path, {"config": vars(config), "step": step + 1, "model": model.state_dict(),
+                            "optimizer": optimizer.state_dict()} | kept)
     if world > 1:
         dist.barrier()
     return True
@@ -342,6 +376,22 @@ def step_of(line):
         return json.loads(line)["step"]
     except ValueError:
         return math.inf
+
+
+def stop_if_not_finite(loss, terms, norm, model, step, batch, lives, rank, world):
+    """End the run on all processes together, before the bad step changes a weight, and say where it went wrong."""
+    bad = torch.stack([loss.detach(), norm]).isfinite().logical_not().any().float()
+    if world > 1:
+        dist.all_reduce(bad)                                                  # every process learns that one has to stop
+    if not bad:
+        return
+    tensors = [(f"weight {name}", p) for name, p in model.named_parameters()]
+    tensors += [(f"gradient of {name}", p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    first = next((name for name, value in tensors if not value.isfinite().all()), "no weight and no gradient")
+    values = {name: round(value.flatten()[-1].item(), 4) for name, value in terms.items()}
+    clips = [lives.clip(int(c)).video_id for c in batch["clip"][:4]]
+    raise BadInput(f"step {step + 1}, process {rank}: the loss {loss.item():.4g} or its gradient {norm.item():.4g} is not finite; terms {values}; "
+                   f"first bad tensor: {first}; clips {', '.join(clips)}, ...; the last checkpoint is whole, try a lower --lr")
 
 
 def report(loss, terms, norm, world):

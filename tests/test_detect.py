@@ -234,3 +234,30 @@ def test_pick_takes_the_highest_score():
     box, score, category = detect.pick(logits, boxes)
     assert box.tolist() == [[4, 5, 6, 7]] and category.tolist() == [0]
     close(score, torch.tensor([2.0]).sigmoid())
+
+
+def test_extreme_logits_stay_finite():
+    labels, targets = torch.tensor([[0, 1]]), torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]]])
+    for value in (1e4, -1e4):
+        logits = torch.full((1, 1, 3, 4), value, requires_grad=True)
+        loss, _ = detect.detection_loss(logits, torch.rand(1, 1, 3, 4), labels, targets)
+        loss.backward()
+        assert loss.isfinite() and logits.grad.isfinite().all()
+
+
+def test_a_clip_of_one_frame_is_the_same_frame_among_absent_ones():
+    md = excite(MD(small(), (6, 4, 2)))
+    frames, padding = torch.randn(2, 1, 3, 48, 64), torch.zeros(2, 1, 48, 64, dtype=torch.bool)
+    alone = md(frames, padding, torch.ones(2, 1, dtype=torch.bool))[2]
+    longer = md(frames.repeat(1, 5, 1, 1, 1), padding.repeat(1, 5, 1, 1), torch.tensor([[True] + [False] * 4] * 2))[2]
+    close(longer[:, :1], alone)
+
+
+@pytest.mark.parametrize("name", ["sd", "md"])
+def test_detectors_compile_and_export(name):
+    sd = excite(small())
+    frames, padding = torch.randn(2, 3, 3, 48, 80), torch.zeros(2, 3, 48, 80, dtype=torch.bool)
+    model, inputs = (sd, (frames[:, 0], padding[:, 0])) if name == "sd" else (MD(sd, (6, 4, 2)).eval(), (frames, padding, torch.ones(2, 3, dtype=torch.bool)))
+    expected = model(*inputs)
+    for made in (torch.export.export(model, inputs).module(), torch.compile(model, fullgraph=True, backend="eager")):
+        torch.testing.assert_close(made(*inputs), expected)

@@ -151,3 +151,18 @@ def test_text_starts_silent_and_the_masked_patches_are_not_seen():
     changed = image.clone()
     changed[:, :, :16] = 7.0                                        # the first row of patches, masked
     torch.testing.assert_close(vit(image, keep)[0], vit(changed, keep)[0])
+
+
+def test_rice_compiles_and_exports():
+    m, b = model().eval(), batch()
+    inputs = tuple(b[name] for name in ("image", "title", "frames", "keep", "valid", "asr"))
+    expected = m(*inputs)
+    for made in (torch.export.export(m, inputs).module(), torch.compile(m, fullgraph=True, backend="eager")):
+        torch.testing.assert_close(made(*inputs), expected)
+
+
+def test_extreme_scales_stay_finite():
+    clip, image = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    loss = icl_loss(clip, image, torch.tensor(1e4)) + pmd_loss(torch.tensor([[1e4, -1e4, 0.0]]))
+    loss.backward()
+    assert loss.isfinite() and clip.grad.isfinite().all()

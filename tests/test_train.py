@@ -1,6 +1,8 @@
 """The whole pipeline in small: every stage through train.main, one process and two, resume, errors, the README's commands."""
 import argparse
+import dataclasses
 import json
+import math
 import os
 import re
 import shlex
@@ -139,6 +141,42 @@ def test_eval_names_what_is_missing_and_counts_it_as_a_miss(run_one, livestreams
     evaluation.main(["--ckpt", str(run_one / "md.pt"), "--data", str(root), "--out", str(tmp_path)])
 
 
+def test_one_bad_weight_stops_the_run_before_it_spreads(run_one, livestreams, tmp_path, capsys, monkeypatch):
+    build = evaluation.build
+
+    def spoiled(*arguments):
+        model = build(*arguments)
+        model.input_proj.weight.data[0, 0] = math.nan
+        return model
+    monkeypatch.setattr(evaluation, "build", spoiled)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--stage", "sd", "--data", str(livestreams), "--out", str(tmp_path), *SMALL])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "step 1, process 0" in error and "weight input_proj.weight" in error and "-16679160" in error
+    assert not (tmp_path / "sd.pt").exists()
+
+
+def test_bf16_loss_is_within_one_percent(run_one, livestreams):
+    for stage in train.STAGES:
+        config = train.configure({"data": str(livestreams), "out": str(run_one)} | vars(train_options()), stage)
+        checkpoint = evaluation.read_checkpoint(run_one / f"{stage}.pt")
+        model, _, samples, order, collate = train.prepare(config, torch.device("cpu"), checkpoint)
+        model.load_state_dict(checkpoint["model"])
+        keys = next(iter(data.StepSampler(order, 4, 1)))
+        batch = train.ready((collate or torch.utils.data.default_collate)([samples[k] for k in keys]), config, torch.device("cpu"), 0)
+        exact = model.loss(batch)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model.loss(batch)[0]
+        assert rough.dtype == torch.float32 and rough.item() == pytest.approx(exact.item(), rel=0.01) and rough != exact
+
+
+def train_options():
+    """SMALL as train.main's parser reads it."""
+    options = dict(zip((flag[2:].replace("-", "_") for flag in SMALL[::2]), SMALL[1::2]))
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(train.Config)}
+    return argparse.Namespace(**{name: kinds[name](value) for name, value in options.items()})
+
+
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_a_stopped_run_resumes_to_the_same_weights(run_one, livestreams, tmp_path, monkeypatch, stage):
     shutil.copy(run_one / "sd.pt", tmp_path), shutil.copy(run_one / "md.pt", tmp_path)
@@ -232,7 +270,7 @@ def test_public_weights_load_by_name_and_only_the_class_head_may_differ(tmp_path
     public, ours = make(91), make(34)
     torch.save({"model": {f"module.{k}": v for k, v in public.state_dict().items()}, "args": argparse.Namespace(lr=1)}, tmp_path / "coco.pth")
     head = ours.class_embed.weight.clone()
-    assert "re-initialised class_embed.weight, class_embed.bias" in train.start_from(ours, tmp_path / "coco.pth")
+    assert "re-initialised class_embed.bias, class_embed.weight, unused 0" in train.start_from(ours, tmp_path / "coco.pth")
     for key, value in public.state_dict().items():
         assert key.startswith("class_embed.") or torch.equal(ours.state_dict()[key], value)
     assert torch.equal(ours.class_embed.weight, head)
@@ -256,6 +294,25 @@ def test_clip_weights_load_into_the_image_encoder(tmp_path):
     torch.save({k: v.half() for k, v in weights.items()} | {"logit_scale": torch.tensor(1.0), "text_projection": torch.zeros(2, 2)}, tmp_path / "clip.pt")
     train.start_from(model, tmp_path / "clip.pt")
     assert all(torch.equal(model.state_dict()[k], v.half().float()) for k, v in weights.items())
+
+
+def test_torchscript_archives_are_read_as_data_and_positions_fit(tmp_path):
+    g = golden("clip_vit_tiny.pt")
+    vit = rice.ViT(64, 2, 1, 8, 32, 32)
+    vit.load_state_dict(g["state_dict"])
+    holder = torch.nn.Module()
+    holder.visual = torch.jit.trace(vit.eval(), torch.zeros(1, 3, 32, 32), check_trace=False)
+    archive = tmp_path / "ViT.pt"
+    torch.jit.save(torch.jit.script(holder), archive)
+    read = train.read_weights(archive)
+    assert all(torch.equal(read[k], v) for k, v in g["state_dict"].items())
+    model = rice.RICE({"width": 64, "layers": 2, "heads": 1, "patch": 8, "size": 48, "dim": 32}, 10)
+    assert "interpolated from 16 to 36 patches" in train.start_from(model, archive)
+    fitted, old = model.visual.positional_embedding, g["state_dict"]["visual.positional_embedding"]
+    assert torch.equal(fitted[0], old[0]) and torch.allclose(rice.fit_positions(old, 4), old, atol=1e-6)
+    ramp = torch.arange(8.0)[:, None, None].expand(8, 8, 3).reshape(64, 3)           # a position that grows downwards goes on doing so
+    taller = rice.fit_positions(torch.cat([torch.zeros(1, 3), ramp]), 16)[1:].view(16, 16, 3)
+    assert (taller.diff(dim=0)[2:-2] > 0).all() and torch.allclose(taller, taller[:, :1])
 
 
 def readme_commands():
