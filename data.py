@@ -835,8 +835,12 @@ def _render_live(job):
     count = options["products"] if split == "train" else options["gallery"]
     products = []
     for _ in range(count):
-        copy = products and rng.random() < LOOKALIKE
-        products.append(_lookalike(rng, products[int(rng.integers(len(products)))]) if copy else _product(rng, names, weights / weights.sum()))
+        product = _product(rng, names, weights / weights.sum())
+        if products and rng.random() < LOOKALIKE:
+            product = _lookalike(rng, products[int(rng.integers(len(products)))])
+            while product in products:                                   # two copies may have changed alike
+                product = _lookalike(rng, products[int(rng.integers(len(products)))])
+        products.append(product)
     sprites = [_sprite(p) for p in products]
     live = "-".join(f"{int(v):0{w}x}" for v, w in zip(rng.integers(0, [2 ** 32, 2 ** 16, 2 ** 16, 2 ** 16]), (8, 4, 4, 4)))
     rows, image_ids, titles = [], [], []

@@ -609,7 +609,7 @@ def ranking_picture(shown, lives, path, clips=5, side=132):
     kind, rows = font(11), []
 
     def cell(picture, text, border, width=1):
-        sheet = Image.new("RGB", (side * width + 4 * (width - 1), side + 32), (255, 255, 255))
+        sheet = Image.new("RGB", (side * width + 4 * (width - 1), side + 44), (255, 255, 255))
         sheet.paste(picture, (0, 0))
         draw = ImageDraw.Draw(sheet)
         if border:

@@ -51,6 +51,15 @@ def test_rendered_data_fills_the_layout(tmp_path):
     assert len(train.categories) <= 8 and len(data.CATEGORIES) == 34
 
 
+def test_lookalikes_differ_in_one_detail_and_no_two_products_are_the_same():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        product = data._product(rng, list(data.CATEGORIES), None)
+        twin = data._lookalike(rng, product)
+        assert [k for k in product if product[k] != twin[k]] in (["logo"], ["pattern"])
+        assert not np.array_equal(np.asarray(data._sprite(product)), np.asarray(data._sprite(twin)))
+
+
 def test_all_34_categories_can_be_drawn():
     for name in data.CATEGORIES:
         product = dict(category=name, hue=3, shade=[0.9, 0.9], drift=0, second=0.5, pattern="dotted", pattern_hue=0.2, logo="star", aspect=1.0)
