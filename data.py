@@ -190,8 +190,8 @@ class Lives:
         return {_safe_id(fields[0], f"{path}:{row}: id"): fields[1].strip() if len(fields) > 1 else ""
                 for row, fields in enumerate(rows, 1) if fields != [""]}
 
-    def _mapping(self, name, kind):
-        """{id: list} of a JSON file, every list of ids checked when kind is str."""
+    def _mapping(self, name, ids=False):
+        """{id: value} of a JSON file; with ids=True every value has to be a list of image ids."""
         path, text = self._file(name)
         try:
             value = json.loads(text or "{}")
@@ -199,26 +199,29 @@ class Lives:
             raise BadInput(f"{path}: not JSON: {error}") from None
         if not isinstance(value, dict):
             raise BadInput(f"{path}: expected an object {{id: ...}}, found {type(value).__name__}")
-        for key, ids in value.items() if kind is str else ():
-            if not isinstance(ids, list):
-                raise BadInput(f"{path}: {key}: expected a list of image ids, found {str(ids)[:40]!r}")
-            for image_id in ids:
+        for key, images in value.items() if ids else ():
+            if not isinstance(images, list):
+                raise BadInput(f"{path}: {key}: expected a list of image ids, found {str(images)[:40]!r}")
+            for image_id in images:
                 _safe_id(image_id, f"{path}: {key}")
         return value
 
     def _read_test(self):
         self.asr, self.titles = self._table("videoid_asr_*.txt"), self._table("image_title_*.txt")
-        self.positives, self.galleries = self._mapping("videoid_to_gtimage_*.json", str), self._mapping("liveid_to_gallery_*.json", str)
-        self.truth, self.kinds = self._mapping("frameid2gtbox_*.json", list), self._mapping("frameid2kind_*.json", None)
-        self.members = {(name, value): set(self._file(f"{name}_{value}.txt")[1].split()) for name, values in SPLITS.items() for value in values}
+        self.positives = self._mapping("videoid_to_gtimage_*.json", ids=True)
+        self.galleries = self._mapping("liveid_to_gallery_*.json", ids=True)
+        self.truth, self.kinds = self._mapping("frameid2gtbox_*.json"), self._mapping("frameid2kind_*.json")
+        self.members = {(name, value): set(self._file(f"{name}_{value}.txt")[1].split())
+                        for name, values in SPLITS.items() for value in values}
         frames = {video_id: [] for video_id in [*self.asr, *self.positives]}
         source = list(self.truth)
         if not source:                                          # data without boxes: the folder says which frames exist
-            source = [name[:-4] for _, _, names in os.walk(self.root / "frames") for name in names if name.endswith((".jpg", ".png"))]
+            names = (name for _, _, names in os.walk(self.root / "frames") for name in names)
+            source = [name[:-4] for name in names if name.endswith((".jpg", ".png"))]
         for frame_id in source:
             video_id, _, index = _safe_id(frame_id, f"{self.root}: frame id").rpartition("-")
             if not index.isdecimal():
-                raise BadInput(f"{self.root}: frame id {frame_id[:60]!r}: expected video_id-index, with a whole number for index")
+                raise BadInput(f"{self.root}: frame id {frame_id[:60]!r}: expected video_id-index, index a whole number")
             if self.truth or video_id in frames:                # frames of the training clips lie in the same folder
                 frames.setdefault(video_id, []).append(frame_id)
         self.video_ids = [_safe_id(video_id, f"{self.root}: video id") for video_id in frames]
@@ -288,7 +291,7 @@ def train_tokenizer(texts, vocab=2000):
             sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab, hard_vocab_limit=False, pad_id=3,
             max_sentence_length=2 ** 20, input_sentence_size=500_000, num_threads=1, minloglevel=2)
     except RuntimeError as error:
-        raise BadInput(f"the training texts (ASR and titles) do not make a vocabulary: {str(error).splitlines()[-1]}") from None
+        raise BadInput(f"the training texts do not make a vocabulary: {str(error).splitlines()[-1]}") from None
     return model.getvalue()
 
 
@@ -482,7 +485,8 @@ class PairSet(Dataset):
         missing = self.frames - len(views)
         item = {"frames": torch.stack(views + [torch.zeros(3, self.size, self.size, dtype=torch.uint8)] * missing),
                 "keep": torch.stack(keep + [torch.ones(self.grid ** 2, dtype=torch.bool)] * missing),
-                "valid": torch.arange(self.frames) < len(views), "asr": self.tokenizer(clip.asr), "title": self.tokenizer(clip.title), "clip": c}
+                "valid": torch.arange(self.frames) < len(views), "clip": c,
+                "asr": self.tokenizer(clip.asr), "title": self.tokenizer(clip.title)}
         if self.train:
             image = self.lives.read("images", clip.image_ids[0])
             item["image"] = self._augment(TF.resize(image, (self.size, self.size), antialias=True), rng)
@@ -599,8 +603,8 @@ class ShardSampler:
 
 KINDS = {"held": 0.40, "two held": 0.26, "table": 0.20, "occluded": 0.14}      # share of the frames that show the product
 ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}                                    # frames of 8 without it -> share of clips
-SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}     # of the frame's side -> a third of clips each
-SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                        # products behind -> a third of clips each
+SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}     # of the frame's side; a third of clips each
+SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                      # products behind; a third of clips each
 LOOKALIKE = 0.2       # share of products that copy another of their live but for one detail (logo, or pattern)
 BLUR = 0.15           # share of frames with motion blur
 WRONG_WORDS = 0.10    # share of ASR words misheard (the paper measured 90.16 % right)
@@ -691,8 +695,8 @@ def _pattern(name, base, second, side):
 def _product(rng, categories, weights):
     hue = int(rng.integers(len(HUES)))
     return {"category": str(rng.choice(categories, p=weights)), "hue": hue, "shade": rng.uniform(0.65, 1, 2).tolist(),
-            "drift": rng.uniform(-0.03, 0.03), "second": rng.random(), "pattern": str(rng.choice(PATTERNS, p=[.4] + [.12] * 5)),
-            "pattern_hue": rng.random(), "logo": str(rng.choice(list(LOGOS))), "aspect": rng.uniform(0.85, 1.18)}
+            "drift": rng.uniform(-0.03, 0.03), "second": rng.random(),
+            "pattern": str(rng.choice(PATTERNS, p=[.4] + [.12] * 5)), "pattern_hue": rng.random(), "logo": str(rng.choice(list(LOGOS))), "aspect": rng.uniform(0.85, 1.18)}
 
 
 def _lookalike(rng, product):
@@ -736,8 +740,8 @@ def _asr(rng, product):
     name += [product["category"]] * (rng.random() < 0.6)
     said.insert(int(rng.integers(4)), " ".join(name))
     words = " ".join(said).split()
-    heard = [str(rng.choice([*HUES, *CATEGORIES, *" ".join(CHATTER).split()])) if rng.random() < WRONG_WORDS else w for w in words]
-    return " ".join(heard)
+    any_word = [*HUES, *CATEGORIES, *" ".join(CHATTER).split()]
+    return " ".join(str(rng.choice(any_word)) if rng.random() < WRONG_WORDS else word for word in words)
 
 
 def _place(canvas, sprite, rng, x, y, size, tilt=20):
@@ -762,7 +766,8 @@ def _backdrop(rng, sprites, others, side, shelf):
     draw.rectangle([0, board, big, board + big * 0.02], fill=tuple(c // 2 for c in wall))
     for n, other in enumerate(rng.choice(others, shelf, replace=False) if shelf else []):
         size = big * rng.uniform(0.12, 0.17)
-        _place(scene, sprites[other], rng, big * (n + 0.5 + rng.uniform(-0.1, 0.1)) / shelf, board - size * 0.5, size, tilt=4)
+        x = big * (n + 0.5 + rng.uniform(-0.1, 0.1)) / shelf
+        _place(scene, sprites[other], rng, x, board - size * 0.5, size, tilt=4)
     draw.rectangle([0, big * 0.80, big, big], fill=table)
     return scene
 
@@ -779,12 +784,12 @@ def _frame(rng, scene, sprites, product, others, kind, size, look, side):
     draw.rectangle([middle - 4 * u, 36 * u, middle + 4 * u, 47 * u], fill=skin)
     draw.ellipse([middle - 11 * u, 12 * u, middle + 11 * u, 42 * u], fill=hair)
     draw.ellipse([middle - 9 * u, 17 * u, middle + 9 * u, 41 * u], fill=skin)
-    hands = [[middle - rng.uniform(18, 30) * u, rng.uniform(50, 68) * u], [middle + rng.uniform(18, 30) * u, rng.uniform(50, 68) * u]]
+    hands = [[middle + sign * rng.uniform(18, 30) * u, rng.uniform(50, 68) * u] for sign in (-1, 1)]
     for sign, hand in zip((-1, 1), hands):
         elbow = [middle + sign * 27 * u, 72 * u]
         draw.line([middle + sign * 16 * u, 50 * u, *elbow], fill=shirt, width=round(9 * u))
         draw.line([*elbow, *hand], fill=skin, width=round(6 * u))
-    side_of = int(rng.integers(2))                                     # which hand is drawn anew in each frame: no place to learn
+    side_of = int(rng.integers(2))                         # the hand is drawn anew in each frame: its side tells nothing
 
     def hold(which, hand, amount):
         box = _place(frame, sprites[which], rng, hand[0], hand[1] - 0.12 * amount * side, amount * side)
@@ -807,12 +812,14 @@ def _frame(rng, scene, sprites, product, others, kind, size, look, side):
         places = rng.permutation(len(lying))
         for which, place in zip(lying, places):
             x = side * (place + 0.5 + rng.uniform(-0.08, 0.08)) / len(lying)
-            drawn = _place(frame, sprites[which], rng, x, side * rng.uniform(0.80, 0.86), side * min(size, 0.30) * rng.uniform(0.8, 0.95), tilt=12)
+            y, small = side * rng.uniform(0.80, 0.86), side * min(size, 0.30) * rng.uniform(0.8, 0.95)
+            drawn = _place(frame, sprites[which], rng, x, y, small, tilt=12)
             box = drawn if which == product else box
     light = rng.uniform(0.75, 1.15) * rng.uniform(0.94, 1.06, 3)
     frame = frame.point([min(255, int(v * c)) for c in light for v in range(256)])
     if rng.random() < BLUR:
-        moved = Image.blend(frame, frame.transform(frame.size, Image.Transform.AFFINE, (1, 0, rng.uniform(1, 3), 0, 1, rng.uniform(-1, 1))), 0.5)
+        shift = (1, 0, rng.uniform(1, 3), 0, 1, rng.uniform(-1, 1))
+        moved = Image.blend(frame, frame.transform(frame.size, Image.Transform.AFFINE, shift), 0.5)
         frame = moved.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
     return frame, box
 
@@ -850,9 +857,11 @@ def _render_live(job):
         picture = Image.new("RGB", (side, side), (rng.integers(235, 256),) * 3)
         _place(picture, sprite, rng, side / 2, side / 2, side * rng.uniform(0.78, 0.9), tilt=3)
         picture.save(root / "images" / f"{image_ids[-1]}.jpg", quality=90)
-    chosen = list(rng.permutation(count)) + list(rng.integers(0, count, max(0, options["clips"] - count) if split == "train" else 0))
-    look = (_colour(0.07, rng.uniform(0.25, 0.6), rng.uniform(0.5, 0.95)), _colour(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.3, 0.9)),
-            _colour(0.08, 0.5, rng.uniform(0.1, 0.5)))
+    again = max(0, options["clips"] - count) if split == "train" else 0          # some products are shown a second time
+    chosen = [*rng.permutation(count), *rng.integers(0, count, again)]
+    skin = _colour(0.07, rng.uniform(0.25, 0.6), rng.uniform(0.5, 0.95))
+    shirt = _colour(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.3, 0.9))
+    look = skin, shirt, _colour(0.08, 0.5, rng.uniform(0.1, 0.5))
     start = 1667916000000 + number * 86400000
     for product in chosen:
         product = int(product)
@@ -863,9 +872,10 @@ def _render_live(job):
         size, kinds = rng.uniform(*SIZES[scale]), _kinds(rng, frames)
         video_id = f"{live}-{start}-{start + frames * 1000}"
         start += frames * 1000 + 30000
+        name = products[product]["category"]
         row = {"video_id": video_id, "frame_ids": [f"{video_id}-{t:04d}" for t in range(frames)], "boxes": [], "kinds": kinds,
-               "image_id": image_ids[product], "title": titles[product], "category": list(CATEGORIES).index(products[product]["category"]),
-               "name": products[product]["category"], "asr": _asr(rng, products[product]), "scale": scale, "number": crowd}
+               "image_id": image_ids[product], "title": titles[product], "category": list(CATEGORIES).index(name), "name": name,
+               "asr": _asr(rng, products[product]), "scale": scale, "number": crowd}
         for frame_id, kind in zip(row["frame_ids"], kinds):
             picture, box = _frame(rng, scene, sprites, product, others, kind, size, look, side)
             picture.save(root / "frames" / f"{frame_id}.jpg", quality=85)
@@ -883,8 +893,9 @@ def render(root, seed=0, lives=72, val_lives=4, test_lives=10, products=24, clip
     Training lives show `products` products in `clips` clips; val and test lives one clip for each of their `gallery`
     products. Products of different lives are different ones. The folder appears when it is complete.
     """
-    for name, value, low in (("seed", seed, 0), ("lives", lives, 1), ("val-lives", val_lives, 0), ("test-lives", test_lives, 0), ("clips", clips, 1),
-                             ("products", products, 4), ("gallery", gallery, 4), ("frames", frames, 4), ("size", size, 32), ("categories", categories, 1)):
+    for name, value, low in (("seed", seed, 0), ("lives", lives, 1), ("val-lives", val_lives, 0), ("test-lives", test_lives, 0),
+                             ("products", products, 4), ("clips", clips, 1), ("gallery", gallery, 4), ("frames", frames, 4),
+                             ("size", size, 32), ("categories", categories, 1)):
         if value < low or categories > len(CATEGORIES):
             raise BadInput(f"--{name} {value}: expected at least {low}, and --categories at most {len(CATEGORIES)}")
     root = Path(root)
@@ -894,8 +905,10 @@ def render(root, seed=0, lives=72, val_lives=4, test_lives=10, products=24, clip
     shutil.rmtree(work, ignore_errors=True)                              # what an interrupted rendering left
     for folder in ("annotations", "frames", "images"):
         (work / folder).mkdir(parents=True)
-    options = {"seed": seed, "products": products, "clips": clips, "gallery": gallery, "frames": frames, "size": size, "categories": categories}
-    jobs = [(work, split, n, options) for split, count in (("train", lives), ("val", val_lives), ("test", test_lives)) for n in range(count)]
+    options = {"seed": seed, "products": products, "clips": clips, "gallery": gallery, "frames": frames, "size": size,
+               "categories": categories}
+    counts = {"train": lives, "val": val_lives, "test": test_lives}
+    jobs = [(work, split, n, options) for split, count in counts.items() for n in range(count)]
     total = frames * (lives * max(clips, products) + (val_lives + test_lives) * gallery)
     done = {"train": [], "val": [], "test": []}
     with multiprocessing.get_context("spawn").Pool(max(1, processes or os.cpu_count())) as pool, \
@@ -906,8 +919,8 @@ def render(root, seed=0, lives=72, val_lives=4, test_lives=10, products=24, clip
     notes = work / "annotations"
     with open(notes / "training_videoinfo_part_00.txt", "w", encoding="utf-8") as file:
         for row in (row for _, rows, _, _ in done["train"] for row in rows):
-            file.write("\t".join([row["video_id"], json.dumps(row["frame_ids"]), json.dumps(row["boxes"]), row["image_id"],
-                                  row["title"], str(row["category"]), row["name"], row["asr"], row["scale"], row["duration"], row["number"]]) + "\n")
+            columns = ("video_id", "frame_ids", "boxes", "image_id", "title", "category", "name", "asr", "scale", "duration", "number")
+            file.write("\t".join(row[c] if isinstance(row[c], str) else json.dumps(row[c]) for c in columns) + "\n")
     for split in ("val", "test"):
         rows = [row for _, live_rows, _, _ in done[split] for row in live_rows]
         texts = [(i, t) for _, _, ids, titles in done[split] for i, t in zip(ids, titles)]

@@ -328,7 +328,8 @@ class SD(nn.Module):
 
     def loss(self, batch):
         """A batch of collate_detection (frames as normalised floats) -> the loss and its terms for the log."""
-        frames, padding, labels, boxes = (batch[name].flatten(0, 1) for name in ("frames", "padding", "labels", "boxes_cxcywh"))
+        names = "frames", "padding", "labels", "boxes_cxcywh"
+        frames, padding, labels, boxes = (batch[name].flatten(0, 1) for name in names)
         contents, predicted, memory, *_ = self.features(frames, padding)
         loss, terms = detection_loss(self.class_embed(contents), predicted, labels, boxes)
         if self.dense:
@@ -482,7 +483,8 @@ class MD(nn.Module):
         """A batch of collate_detection (frames as normalised floats) -> the loss and its terms, every step supervised."""
         logits, boxes, _ = self(batch["frames"], batch["padding"], batch["valid"])
         labels, targets, valid = (batch[name].flatten(0, 1) for name in ("labels", "boxes_cxcywh", "valid"))
-        losses = [detection_loss(l.flatten(0, 1)[None], b.flatten(0, 1)[None], labels, targets, valid) for l, b in zip(logits, boxes)]
+        losses = [detection_loss(l.flatten(0, 1)[None], b.flatten(0, 1)[None], labels, targets, valid)
+                  for l, b in zip(logits, boxes)]
         return sum(loss for loss, _ in losses), losses[-1][1]
 
 
@@ -542,10 +544,10 @@ def assign(cost):
 
 def giou(boxes1_xyxy, boxes2_xyxy):
     """Generalised IoU of broadcast boxes [...,4] -> [...], with DETR's 1e-6 that keeps empty boxes finite."""
-    low, high = torch.maximum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2]), torch.minimum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:])
-    outer = torch.maximum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:]) - torch.minimum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
-    area1, area2 = ((b[..., 2:] - b[..., :2]).prod(-1) for b in (boxes1_xyxy, boxes2_xyxy))
-    inner, hull = (high - low).clamp(min=0).prod(-1), outer.prod(-1)
+    (low1, high1), (low2, high2) = ((b[..., :2], b[..., 2:]) for b in (boxes1_xyxy, boxes2_xyxy))
+    inner = (torch.minimum(high1, high2) - torch.maximum(low1, low2)).clamp(min=0).prod(-1)
+    hull = (torch.maximum(high1, high2) - torch.minimum(low1, low2)).prod(-1)
+    area1, area2 = (high1 - low1).prod(-1), (high2 - low2).prod(-1)
     union = area1 + area2 - inner
     return inner / (union + 1e-6) - (hull - union) / (hull + 1e-6)
 
@@ -570,14 +572,15 @@ def match(logits, boxes, labels, targets):
 
     With at most one box a frame, the usual case, this is an argmin and never leaves the device.
     """
-    cost = matching_cost(logits, boxes, labels.expand(len(logits), *labels.shape), targets.expand(len(logits), *targets.shape))
+    L = len(logits)
+    cost = matching_cost(logits, boxes, labels.expand(L, *labels.shape), targets.expand(L, *targets.shape))  # [L,B,N,M]
     if labels.shape[-1] == 1:
         return cost.argmin(-2).where(labels >= 0, -1)                                            # [L,B,1]
     table, real = cost.nan_to_num(1e6).cpu(), (labels >= 0).cpu()      # a diverged run is reported by the loop, not here
     found = torch.full((*cost.shape[:2], labels.shape[-1]), -1)
     for b in range(len(labels)):
         columns = real[b].nonzero()[:, 0]
-        for layer in range(len(logits)) if len(columns) else ():
+        for layer in range(L) if len(columns) else ():
             rows, cols = assign(table[layer, b][:, columns])
             found[layer, b, columns[cols]] = rows
     return found.to(logits.device)

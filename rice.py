@@ -36,7 +36,8 @@ class Block(nn.Module):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(),
+                                             c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x, padding=None):
         y = self.ln_1(x)                                                                         # [B,N,W]
@@ -67,7 +68,8 @@ def stem(width, norm=lambda channels: nn.GroupNorm(8, channels)):
     def down(inputs, outputs):
         shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2, bias=False), norm(outputs))
         return BasicBlock(inputs, outputs, 2, shortcut, norm_layer=norm)
-    return nn.Sequential(nn.Conv2d(3, 32, 4, 4), norm(32), nn.ReLU(), BasicBlock(32, 32, norm_layer=norm), down(32, 64), down(64, width))
+    return nn.Sequential(nn.Conv2d(3, 32, 4, 4), norm(32), nn.ReLU(), BasicBlock(32, 32, norm_layer=norm),
+                         down(32, 64), down(64, width))
 
 
 class ViT(nn.Module):
@@ -309,7 +311,8 @@ class RICE(nn.Module):
         if "pmd" in losses:
             self.pmd = PMD(width, heads)
         if "pfr" in losses:
-            self.pfr_head = nn.Sequential(nn.Conv2d(heads, max(1, heads // 2), 1), nn.ReLU(), nn.Conv2d(max(1, heads // 2), 1, 1))
+            half = max(1, heads // 2)
+            self.pfr_head = nn.Sequential(nn.Conv2d(heads, half, 1), nn.ReLU(), nn.Conv2d(half, 1, 1))
 
     def scale(self):
         """What a cosine is multiplied by; learned, clamped to 100 as CLIP does."""

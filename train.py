@@ -101,9 +101,9 @@ PRESETS = {
         "all": {"workers": 1, "save_every": 100, "log_every": 20, "frames": 8, "shortest": "80,96,16", "longest": 176,
                 "schedule": "cosine", "drop": 0.5, "clip_norm": 1.0, "backbone": "small", "dim": 128, "heads": 4,
                 "encoder_layers": 1, "decoder_layers": 3, "ffn": 256, "queries": 16, "dense": 1.0, "keep": "12,8,4"},
-        "sd": {"steps": 850, "batch": 32, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 50},
-        "md": {"steps": 250, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
-        "rice": {"steps": 400, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1, "weight_decay": 0.05,
+        "sd": {"steps": 800, "batch": 32, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 50},
+        "md": {"steps": 220, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
+        "rice": {"steps": 350, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1, "weight_decay": 0.05,
                  "clip_norm": 5.0, "train_frames": 3, "per_live": 24, "width": 128, "layers": 2, "vit_heads": 4, "patch": 0,
                  "size": 64, "embedding": 128}},
 }

@@ -320,6 +320,13 @@ def readme_commands():
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip() and not line.startswith("#")]
 
 
+def test_the_readme_counts_lines_and_shows_a_picture():
+    text = (ROOT / "README.md").read_text()
+    for name, lines in re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", text, re.M):
+        assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 20, name
+    assert all((ROOT / path).exists() for path in re.findall(r"!\[.*?\]\((.*?)\)", text))
+
+
 def test_what_the_readme_says_runs(tmp_path, livestreams, monkeypatch, capsys):
     """Every command of the README: those of the quickstart are run on small sizes, the others' flags are parsed."""
     commands = [c for line in readme_commands() for c in line.split(" && ")]
