@@ -278,7 +278,7 @@ class SD(nn.Module):
     layer is the answer. There is no background class: the K scores are sigmoids of their own, all low where nothing is.
     backbone: "resnet50" (any torchvision ResNet), or "small" (stride 8, starts from nothing).
     dense: weight of an auxiliary loss that makes each memory token inside a box tell the box's category; 0 leaves
-    it out, with its head. A detector that starts from nothing needs it: without, its queries learn where, not what.
+    it out, with its head. For a detector that starts from nothing: MD compares what queries show, not only where.
     """
 
     def __init__(self, classes=34, queries=300, dim=256, heads=8, encoder_layers=6, decoder_layers=6, ffn=2048,

@@ -259,9 +259,10 @@ def predict(model, config, categories, lives, device, every_frame=True):
     and leaves the control "md1" out: what RICE needs to train.
     """
     dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], False, every_frame=every_frame)
-    # Small pictures go several clips at a time. At the paper's size a batch is one clip: a ResNet lets padding leak across
-    # a picture's edge, so what a clip is padded with must not depend on the number of processes.
-    together = max(1, 10 ** 6 // (config["frames"] * config["shortest"][1] * config["longest"]))
+    # A ResNet lets padding leak across a picture's edge, so what a clip is padded with must not depend on its neighbours in
+    # a batch, that is on the number of processes: it goes alone. The small backbone does not care, and small pictures pay.
+    pixels = config["frames"] * config["shortest"][1] * config["longest"]
+    together = max(1, 10 ** 6 // pixels) if config["backbone"] == "small" else 1
     shard = data.ShardSampler(range(len(dataset)), together, *start_processes())
     batches = DataLoader(dataset, batch_sampler=shard, num_workers=config["workers"], collate_fn=data.collate_detection)
     rows, many = {}, config["stage"] == "md"

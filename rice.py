@@ -210,8 +210,8 @@ class MatchLayer(nn.Module):
     """Image tokens attend to each other, then to a clip's tokens, then an MLP; pre-norm.
 
     Cross-attention starts "tied": query and key are the same multiple of the identity, value the identity, output its
-    negative. A token then attends to its look-alike in the clip and keeps what differs: mine minus yours. From
-    a random start the decoder needs many times the steps to find this.
+    negative. A token then attends to its look-alike in the clip and keeps what differs: mine minus yours. So
+    the decoder starts as a comparison and need not find one.
     """
 
     def __init__(self, width, heads):
