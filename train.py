@@ -428,11 +428,10 @@ def run(given):
     if given.get("init") and wanted not in ("sd", "rice"):
         raise BadInput("--init gives one stage its public weights: say which with --stage sd or --stage rice")
     configs = [configure(given, stage) for stage in STAGES if wanted in (stage, "all")]
-    if configs[0].data == Config.data and not Path(Config.data).exists():
-        if rank == 0:
-            data.render(Config.data)
-        if world > 1:
-            dist.barrier()
+    if rank == 0 and configs[0].data == Config.data and not Path(Config.data).exists():
+        data.render(Config.data)
+    if world > 1:
+        dist.barrier()
     path = Path(configs[0].out) / "results.json"
     try:
         results = json.loads(path.read_text()) if path.exists() else {}
