@@ -108,6 +108,9 @@ PRESETS = {
                  "size": 64, "embedding": 128}},
 }
 STAGES = ("sd", "md", "rice")
+CHOICES = {"boxes": ("md", "sd", "true", "none"), "view": ("box", "mask", "frame"), "schedule": ("drop", "cosine"),
+           "precision": ("float32", "bf16"), "negatives": ("hard", "rand"), "losses": ("icl", "icl,pmd", "icl,pmd,pfr"),
+           "backbone": ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")}
 FREE = {"workers", "save_every", "log_every", "out", "init"}       # what a resumed run may have otherwise
 
 
@@ -118,9 +121,7 @@ def configure(given, stage):
     preset = PRESETS[given.get("preset", "tiny")]
     config = Config(**(preset.get("all", {}) | preset[stage] | given | {"stage": stage}))
     config.out = config.out or f"runs/{config.preset}"
-    for name, allowed in (("boxes", ("md", "sd", "true", "none")), ("view", ("box", "mask", "frame")), ("schedule", ("drop", "cosine")),
-                          ("precision", ("float32", "bf16")), ("negatives", ("hard", "rand")), ("losses", ("icl", "icl,pmd", "icl,pmd,pfr")),
-                          ("backbone", ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"))):
+    for name, allowed in CHOICES.items():
         if getattr(config, name) not in allowed:
             raise BadInput(f"--{name} {getattr(config, name)}: expected one of {' | '.join(allowed)}")
     for item in dataclasses.fields(Config):
@@ -130,16 +131,18 @@ def configure(given, stage):
     for name, count in (("shortest", 3), ("keep", None)):
         numbers = getattr(config, name).split(",")
         if not all(n.isdecimal() and int(n) > 0 for n in numbers) or len(numbers) != (count or len(numbers)):
-            raise BadInput(f"--{name} {getattr(config, name)}: expected {count or 'one or more'} whole numbers with commas between")
+            raise BadInput(f"--{name} {getattr(config, name)}: expected {count or 'one or more'} whole numbers and commas between")
         setattr(config, name, [int(n) for n in numbers])
-    ranking = stage == "rice"
-    for right, text in ((config.shortest[0] <= config.shortest[1], "--shortest: the lowest comes before the highest"),
-                        (config.dim % (4 * config.heads) == 0, "--dim must be a multiple of 4 x --heads"),
-                        (config.decoder_layers > 1, "--decoder-layers: expected 2 or more"),
-                        (not ranking or config.width % config.vit_heads == 0, "--width must be a multiple of --vit-heads"),
-                        (not ranking or config.size % (config.patch or 16) == 0, "--size must be a multiple of --patch (of 16 when that is 0)"),
-                        (not ranking or config.width % 8 == 0, "--width must be a multiple of 8"), (config.drop <= 1, "--drop is a share, 0 to 1"),
-                        (given.get("view") in (None, "frame") or config.boxes != "none", f"--view {config.view} needs --boxes md, sd or true")):
+    checks = [(config.shortest[0] <= config.shortest[1], "--shortest: the lowest comes before the highest"),
+              (config.drop <= 1, "--drop is a share, 0 to 1"),
+              (config.dim % (4 * config.heads) == 0, "--dim must be a multiple of 4 x --heads"),
+              (config.decoder_layers > 1, "--decoder-layers: expected 2 or more"),
+              (given.get("view") in (None, "frame") or config.boxes != "none", f"--view {config.view} needs --boxes md, sd or true")]
+    if stage == "rice":
+        checks += [(config.width % config.vit_heads == 0, "--width must be a multiple of --vit-heads"),
+                   (config.width % 8 == 0, "--width must be a multiple of 8"),
+                   (config.size % (config.patch or 16) == 0, "--size must be a multiple of --patch (of 16 when that is 0)")]
+    for right, text in checks:
         if not right:
             raise BadInput(text)
     if config.view == "frame" or config.boxes == "none":
@@ -157,7 +160,9 @@ def learning_rate(step, config):
     rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if done < config.drop:
         return rise
-    return rise * (0.1 if config.schedule == "drop" else 0.5 * (1 + math.cos(math.pi * (done - config.drop) / (1 - config.drop))))
+    if config.schedule == "drop":
+        return rise * 0.1
+    return rise * 0.5 * (1 + math.cos(math.pi * (done - config.drop) / (1 - config.drop)))
 
 
 # ------------------------------------------------------------------ what differs between the stages
@@ -214,7 +219,8 @@ def finished(config, stage):
     checkpoint = evaluation.read_checkpoint(f"{config.out}/{stage}.pt")
     saved = checkpoint["config"]
     if saved["stage"] != stage:
-        raise BadInput(f"{config.out}/{stage}.pt holds stage {saved['stage']}, not {stage}; train it with `python train.py --stage {stage}`")
+        raise BadInput(f"{config.out}/{stage}.pt holds stage {saved['stage']}, not {stage}; "
+                       f"train it with `python train.py --stage {stage}`")
     if checkpoint["step"] < saved["steps"]:
         raise BadInput(f"{config.out}/{stage}.pt stands at step {checkpoint['step']} of {saved['steps']}; "
                        f"finish it with `python train.py --stage {stage} --preset {config.preset} --out {config.out}`")
@@ -242,7 +248,8 @@ def start_from(model, path):
     if "layer4.0.conv1.weight" in state:
         place, state = "backbone.0.body.", {key: value for key, value in state.items() if not key.startswith("fc.")}
     elif hasattr(model, "visual"):
-        place, state = "visual.", {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+        place = "visual."
+        state = {key.removeprefix(place): value for key, value in state.items() if key.startswith(place)}
         positions, grid = state.get("positional_embedding"), model.visual.grid
         if positions is not None and len(positions) != 1 + grid ** 2:
             state["positional_embedding"] = rice.fit_positions(positions, grid)
@@ -302,12 +309,13 @@ def train(config, rank, world, device):
     if saved and saved["step"] == saved["config"]["steps"] and not differences(config, saved["config"]):
         base = Path(config.out) / ("sd.pt" if config.stage == "md" else f"{config.boxes}.pt")
         if "base" in saved and base.exists() and evaluation.fingerprint(evaluation.read_checkpoint(base)) != saved["base"]:
-            raise BadInput(f"{path} was trained on another {base.name} than the one that is there now; remove it, or give --out for a new run")
+            raise BadInput(f"{path} was trained on another {base.name} than the one that is there now; "
+                           "remove it, or give --out for a new run")
         return False
     model, kept, samples, order, collate = prepare(config, device, saved)
     config.steps = config.steps or max(1, int(config.epochs * len(samples) / config.batch))
     if config.batch % world:
-        raise BadInput(f"--batch {config.batch} is the batch of all processes together; it must be a multiple of their number, {world}")
+        raise BadInput(f"--batch {config.batch} is that of all processes together; it must be a multiple of their number, {world}")
     if saved:
         changed = differences(config, saved["config"])
         changed += [name for name in ("categories", "base") if saved.get(name) != kept.get(name)]
@@ -337,7 +345,7 @@ def train(config, rank, world, device):
         log.write_text("")
     wrapped = Step(model)
     if world > 1:
-        wrapped = DistributedDataParallel(wrapped, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None, broadcast_buffers=False)
     sampler = data.StepSampler(order, config.batch, config.steps, start, config.seed, rank, world)
     batches = DataLoader(samples, batch_sampler=sampler, num_workers=config.workers, collate_fn=collate,
                          pin_memory=device.type == "cuda")
@@ -390,8 +398,9 @@ def stop_if_not_finite(loss, terms, norm, model, step, batch, lives, rank, world
     first = next((name for name, value in tensors if not value.isfinite().all()), "no weight and no gradient")
     values = {name: round(value.flatten()[-1].item(), 4) for name, value in terms.items()}
     clips = [lives.clip(int(c)).video_id for c in batch["clip"][:4]]
-    raise BadInput(f"step {step + 1}, process {rank}: the loss {loss.item():.4g} or its gradient {norm.item():.4g} is not finite; terms {values}; "
-                   f"first bad tensor: {first}; clips {', '.join(clips)}, ...; the last checkpoint is whole, try a lower --lr")
+    raise BadInput(f"step {step + 1}, process {rank}: the loss {loss.item():.4g} or its gradient {norm.item():.4g} is not finite; "
+                   f"terms {values}; first bad tensor: {first}; clips {', '.join(clips)}, ...; "
+                   "the last checkpoint is whole, try a lower --lr")
 
 
 def report(loss, terms, norm, world):
@@ -412,8 +421,8 @@ def save(path, checkpoint):
 def differences(config, saved):
     """What the user changed since the checkpoint was made, as text; steps counted from epochs do not differ."""
     now = vars(config)
-    skip = FREE | ({"steps"} if not now["steps"] else set())
-    return [f"{name}: {saved.get(name)} there, {now[name]} here" for name in now if name not in skip and now[name] != saved.get(name)]
+    counted = now.keys() - FREE - ({"steps"} if not now["steps"] else set())
+    return [f"{name}: {saved.get(name)} there, {now[name]} here" for name in now if name in counted and now[name] != saved.get(name)]
 
 
 # ------------------------------------------------------------------ the command
@@ -453,8 +462,9 @@ def run(given):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Train SD, MD and RICE; with no argument: the whole quickstart.", usage="train.py [--FLAG VALUE ...]",
-                                     epilog="Defaults are the paper preset's; --preset tiny (the default preset) changes many: see PRESETS in train.py.")
+    parser = argparse.ArgumentParser(
+        usage="train.py [--FLAG VALUE ...]", description="Train SD, MD and RICE; with no argument: the whole quickstart.",
+        epilog="Defaults are the paper's; --preset tiny (the default preset) changes many of them: see PRESETS in train.py.")
     groups = {}
     for item in dataclasses.fields(Config):
         group = groups.setdefault(item.metadata["group"], parser.add_argument_group(item.metadata["group"]))
