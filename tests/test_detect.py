@@ -33,6 +33,9 @@ def test_forward_is_dab_detr(tiny):
     close(position.transpose(1, 2).reshape(g["pos_embed"].shape), g["pos_embed"])
     assert torch.equal(padding, g["feature_mask"].flatten(1))
     close(memory, g["memory"])
+    with torch.no_grad():
+        anchors = sd.refpoint_embed.weight.sigmoid().expand(2, -1, -1)
+        close(sd.transformer["decoder"](anchors, memory, position, padding)[1], g["reference_points"])
     close(contents, g["hs"])
     close(logits, g["pred_logits"])
     close(boxes, g["pred_boxes"])
@@ -194,6 +197,9 @@ def test_clips_at_once_alone_and_padded_agree():
     close(one[:1], first[2])
     close(one[1:, :2], short[2])
     close(logits[-1][1:, :2], short[0][-1])
+    wider, mask = torch.zeros(2, 4, 3, 64, 96), torch.ones(2, 4, 64, 96, dtype=torch.bool)            # padded pixels, too
+    wider[..., :48, :64], mask[..., :48, :64] = frames, False
+    close(md(wider, mask, valid)[2][valid], one[valid])
     noise = frames.clone()
     noise[1, 2:] = torch.randn_like(noise[1, 2:])
     close(md(noise, padding, valid)[2][1, :2], one[1, :2])

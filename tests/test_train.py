@@ -156,6 +156,15 @@ def test_one_bad_weight_stops_the_run_before_it_spreads(run_one, livestreams, tm
     assert not (tmp_path / "sd.pt").exists()
 
 
+def test_all_processes_stop_together_at_a_bad_weight(run_one, livestreams, tmp_path):
+    state = torch.load(run_one / "sd.pt", weights_only=True)["model"]
+    state["input_proj.bias"][3] = math.inf
+    torch.save(state, tmp_path / "bad.pth")
+    done = torchrun("train.py", "--stage", "sd", "--data", livestreams, "--out", tmp_path / "run", *SMALL, "--init", tmp_path / "bad.pth")
+    assert done.returncode and not (tmp_path / "run" / "sd.pt").exists()
+    assert "is not finite" in done.stderr and "weight input_proj.bias" in done.stderr and 'train.py", line' not in done.stderr
+
+
 def test_bf16_loss_is_within_one_percent(run_one, livestreams):
     for stage in train.STAGES:
         config = train.configure({"data": str(livestreams), "out": str(run_one)} | vars(train_options()), stage)
