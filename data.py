@@ -1,6 +1,6 @@
 """Livestreams: the LPR4M layout on disk, samples and batches, and a renderer that writes the same layout.
 
-    python data.py render runs/livestreams                    the quickstart's data (about a minute on two cores)
+    python data.py render runs/livestreams                    the quickstart's data (half a minute on two cores)
     python data.py render DIR --seed 1 --lives 200 --categories 34 --size 160
 
     DIR/annotations/training_videoinfo_*.txt       a clip a row, 11 columns by tab: video_id, frame_id list, box list,
@@ -444,7 +444,7 @@ def square_view(image, box_xyxy, side, margin=1.15):
 class PairSet(Dataset):
     """Clips with their shop image and texts, as RICE sees them.
 
-    boxes: {"start" [clips+1], "position" [F], "box" [F,6]} = the detected boxes (x1 y1 x2 y2 in pixels, score, class) of
+    boxes: {"start" [clips+1], "position" [F], "box" [F,6]} = the boxes (x1 y1 x2 y2 in pixels; the rest is not read) of
     clip c at rows start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" the whole frame and
     which patches the box touches, "box" the square around the box. Training draws `frames` of the clip's frames,
     evaluation takes `frames` at even intervals. An item is asked for by (epoch, i) and holds

@@ -65,8 +65,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        return self.layers[-1](x)
+            x = F.relu(layer(x))                                                                 # [...,hidden]
+        return self.layers[-1](x)                                                                # [...,outputs]
 
 
 def attend(query, key, value, heads, padding=None):
@@ -432,7 +432,8 @@ class TTMStep(nn.Module):
         x = self.temporal(x, x, absent, absent).reshape(-1, k, x.shape[-1])                      # [B*T,k,C]
         x = self.frame(x, *positions(boxes.flatten(0, 1), x), memory, position, padding)         # [B*T,k,C]
         x = x.reshape(queries.shape)                                                             # [B,T,k,C]
-        return x, self.class_embed(x), (self.bbox_embed(x) + inverse_sigmoid(boxes)).sigmoid()
+        refined = (self.bbox_embed(x) + inverse_sigmoid(boxes)).sigmoid()                        # [B,T,k,4]
+        return x, self.class_embed(x), refined                                                   # [B,T,k,C], [B,T,k,K]
 
 
 class MD(nn.Module):

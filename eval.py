@@ -221,25 +221,21 @@ def is_first():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def gather_rows(rows, *keys):
-    """Arrays of every process, joined and ordered by `keys` (the sample's numbers): the same on any number of processes."""
-    parts = [rows]
+def everyones(value):
+    """[value] of every process, in order of rank; of this one alone when it is alone."""
+    parts = [value]
     if dist.is_initialized():
         parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, rows)
-        parts = [part for part in parts if part]                   # a process may have had no sample at all
+        dist.all_gather_object(parts, value)
+    return parts
+
+
+def gather_rows(rows, *keys):
+    """Arrays of every process, joined and ordered by `keys` (the sample's numbers): the same on any number of processes."""
+    parts = [part for part in everyones(rows) if part]             # a process may have had no sample at all
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort([joined[key] for key in reversed(keys)])
     return {name: value[order] for name, value in joined.items()}
-
-
-def gather_list(rows, order):
-    """Dicts of every process, joined and put in the order of their "live"."""
-    parts = [rows]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, rows)
-    return sorted((row for part in parts for row in part), key=lambda row: order.index(row["live"]))
 
 
 def watch(batches, text):
@@ -260,7 +256,9 @@ def predict(model, config, categories, lives, device, every_frame=True):
     """
     dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], False, every_frame=every_frame)
     # A ResNet lets padding leak across a picture's edge, so what a clip is padded with must not depend on its neighbours in
-    # a batch, that is on the number of processes: it goes alone. The small backbone does not care, and small pictures pay.
+    # a batch, that is on the number of processes: it goes alone. With the small backbone padding changes nothing.
+    if not len(dataset):
+        raise BadInput(f"{lives.root}: the clips of the {lives.split} split have no frames")
     pixels = config["frames"] * config["shortest"][1] * config["longest"]
     together = max(1, 10 ** 6 // pixels) if config["backbone"] == "small" else 1
     shard = data.ShardSampler(range(len(dataset)), together, *start_processes())
@@ -274,7 +272,8 @@ def predict(model, config, categories, lives, device, every_frame=True):
             *single, memory = model.single(frames, padding)
             answers = {"sd": single[1:], "md": tuple(x[-1] for x in model.temporal(*single, memory, valid))}
             if every_frame:
-                alone = model.temporal(*(x.flatten(0, 1)[:, None] for x in single), memory, torch.ones(valid.numel(), 1, dtype=torch.bool, device=device))
+                every = torch.ones(valid.numel(), 1, dtype=torch.bool, device=device)
+                alone = model.temporal(*(x.flatten(0, 1)[:, None] for x in single), memory, every)
                 answers["md1"] = tuple(x[-1].unflatten(0, valid.shape).squeeze(2) for x in alone)
         else:
             logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
@@ -334,7 +333,7 @@ def table(header, rows):
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
 
 
-def true_boxes(rows, lives, categories):
+def truth_of(rows, lives, categories):
     """The true boxes of the frames in `rows`: frame [G] (its place in rows), category [G] (-1: not told), box [G,4]; kinds [F]."""
     numbers = {raw: k for k, raw in enumerate(categories)}
     frame_of = {(int(c), int(t)): f for f, (c, t) in enumerate(zip(rows["clip"], rows["position"]))}
@@ -355,7 +354,7 @@ def true_boxes(rows, lives, categories):
 def score_detections(rows, lives, categories):
     """Table 1 of each method in `rows`, in percent: {method: {"class-agnostic": {column: AP}, "per category": {column: AP},
     "hit": share of boxes found, "category": share named right, "kinds": {kind of frame: ...}}}, and what was counted."""
-    frame, category, box, kinds = true_boxes(rows, lives, categories)
+    frame, category, box, kinds = truth_of(rows, lives, categories)
     if not len(frame):
         raise BadInput(f"{lives.root}: the {lives.split} split has no true boxes, and a detector is judged by boxes")
     clip_ids = np.array([lives.video_ids[c] for c in rows["clip"]], object)
@@ -490,8 +489,10 @@ def score_ranking(checkpoint, lives, folder, device):
     members, (rank, world) = {}, start_processes()
     for q, video_id in enumerate(lives.video_ids):
         members.setdefault(data.live_of(video_id), []).append(q)
-    rows = gather_list([rank_live(model, tokenizer, config, lives, live, clips, sources, device)
-                        for live, clips in watch(list(members.items())[rank::world], "rank lives")], list(members))
+    mine = [rank_live(model, tokenizer, config, lives, live, clips, sources, device)
+            for live, clips in watch(list(members.items())[rank::world], "rank lives")]
+    place = {live: n for n, live in enumerate(members)}
+    rows = sorted((row for part in everyones(mine) for row in part), key=lambda row: place[row["live"]])
 
     def share(parts):
         """A share of each live's clips -> the share of all clips, in percent."""
@@ -506,7 +507,7 @@ def score_ranking(checkpoint, lives, folder, device):
     chances = [{k: float(np.mean([chance(len(row["ids"]), int(p), k) for p in row["positive"].sum(1)])) for k in (1, 5, 10)} for row in rows]
     counts = {"clips": len(lives), "lives": len(rows), "missing": int((lives.lengths == 0).sum()), "chance": share(chances),
               "gallery": sum(len(row["clips"]) * len(row["ids"]) for row in rows) / len(lives),
-              "several true images": int(sum((row["positive"].sum(1) > 1).sum() for row in rows)), "each live": {}}
+              "several true images": int(sum((row["positive"].sum(1) > 1).sum() for row in rows)), "source": main, "each live": {}}
     for row, luck in zip(rows, chances):
         hits = [100 * value for value in found_in(row, main, "icl").values()]
         counts["each live"][row["live"]] = [len(row["clips"]), len(row["ids"]), *hits, 100 * luck[1]]
@@ -525,7 +526,7 @@ def show_table_2(results, counts, config):
     rows = [(f"{SOURCES[source]}, {names[score]}", *values.values()) for source, r in results.items() for score, values in r.items()]
     rows += [("chance", *counts["chance"].values())] + [(f"paper's RICE, {name} boxes", *values) for name, values in PAPER_2.items()]
     print(table(("", "R1", "R5", "R10"), rows))
-    print(f"\nEach live's clips against its own gallery ({SOURCES[config['boxes']]}, ICL)")
+    print(f"\nEach live's clips against its own gallery ({SOURCES[counts['source']]}, ICL)")
     rows = list(counts["each live"].items())
     print(table(("", "clips", "images", "R1", "R5", "R10", "chance R1"), [(live, str(n), str(m), *row) for live, (n, m, *row) in rows[:12]]))
     print("" if len(rows) <= 12 else f"... and {len(rows) - 12} more lives (all of them with --json)")

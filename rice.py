@@ -26,7 +26,7 @@ from torchvision.models.resnet import BasicBlock
 
 class QuickGELU(nn.Module):
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return x * torch.sigmoid(1.702 * x)                                                      # [...], as x
 
 
 class Block(nn.Module):

@@ -139,6 +139,12 @@ def test_eval_names_what_is_missing_and_counts_it_as_a_miss(run_one, livestreams
         evaluation.main(["--ckpt", str(run_one / "rice.pt"), "--data", str(root)])
     assert stop.value.code == 2 and "test_liveid_to_gallery" in capsys.readouterr().err
     evaluation.main(["--ckpt", str(run_one / "md.pt"), "--data", str(root), "--out", str(tmp_path)])
+    path.write_text("{}")                                          # and no picture of a test frame either: nothing to detect on
+    for frame in (root / "frames").iterdir():
+        frame.unlink()
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(["--ckpt", str(run_one / "md.pt"), "--data", str(root), "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "have no frames" in capsys.readouterr().err
 
 
 def test_one_bad_weight_stops_the_run_before_it_spreads(run_one, livestreams, tmp_path, capsys, monkeypatch):
