@@ -12,6 +12,7 @@
     DIR/annotations/SPLIT_liveid_to_gallery_*.json     {live_id: [image_id, ...]}
     DIR/annotations/SPLIT_{scale,duration,number}_{value}.txt    the video ids of a split of Table 1, one a row
     DIR/annotations/SPLIT_frameid2kind_*.json          {frame_id: kind}, only in rendered data
+    DIR/annotations/SPLIT_case_{two-in-view,near-identical}.txt    video ids, only in rendered data
     DIR/frames/FRAME_ID.jpg    DIR/images/IMAGE_ID.jpg     (or .png; or one level down, in FRAME_ID[:2]/)
 
     video_id = live_id-start_ms-end_ms,  frame_id = video_id-index.  A live id may hold hyphens itself.
@@ -48,6 +49,7 @@ warnings.filterwarnings("ignore", message="The image decoding and encoding capab
 
 SPLITS = {"scale": ("small", "medium", "large"), "duration": ("short", "medium", "long"),
           "number": ("abundant", "medium", "few")}
+CASES = ("two in view", "near-identical")        # clips that only words, clips that only details can tell (rendered data)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                        # what DAB-DETR's weights expect
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what CLIP's weights expect
 
@@ -136,7 +138,7 @@ class Lives:
     """
 
     def __init__(self, root, split):
-        self.root, self.split = Path(root), split
+        self.root, self.split, self.chosen = Path(root), split, None
         if not (self.root / "annotations").is_dir():
             raise BadInput(f"{self.root}: no annotations/ folder; make one with `python data.py render {self.root}`")
         self._index_training() if split == "train" else self._read_test()
@@ -213,6 +215,7 @@ class Lives:
         self.truth, self.kinds = self._mapping("frameid2gtbox_*.json"), self._mapping("frameid2kind_*.json")
         self.members = {(name, value): set(self._file(f"{name}_{value}.txt")[1].split())
                         for name, values in SPLITS.items() for value in values}
+        self.cases = {case: set(self._file(f"case_{case.replace(' ', '-')}.txt")[1].split()) for case in CASES}
         frames = {video_id: [] for video_id in [*self.asr, *self.positives]}
         source = list(self.truth)
         if not source:                                          # data without boxes: the folder says which frames exist
@@ -229,8 +232,26 @@ class Lives:
         self.lengths = np.array([len(self.frames[v]) for v in self.video_ids], np.int64)
         self.frame_counts = self.lengths * bool(self.truth)
 
+    def few(self, count):
+        """This training split cut to its first `count` clips of different products, to be trained on and judged by."""
+        taken = {}
+        for i in range(len(self)):
+            if len(taken) < count and (self.frame_counts[i] or not self.frame_counts.any()):
+                taken.setdefault(int(self.product[i]) if self.product[i] >= 0 else -2 - i, i)
+        rows = list(taken.values())
+        clips = [self.clip(i) for i in rows]
+        for name in ("lengths", "frame_counts", "product", "live"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.chosen, self.video_ids, self.truth = clips, [clip.video_id for clip in clips], bool(self.frame_counts.any())
+        self.asr, self.titles = {c.video_id: c.asr for c in clips}, {i: c.title for c in clips for i in c.image_ids}
+        self.positives, self.members, self.cases = {c.video_id: c.image_ids for c in clips}, {}, {}
+        self.galleries = {live_of(video_id): list(self.titles) for video_id in self.video_ids}
+        return self
+
     def clip(self, i):
         """Clip i, parsed from its row (train) or put together from the test files."""
+        if self.chosen:
+            return self.chosen[i]
         if self.split != "train":
             video_id = self.video_ids[i]
             frame_ids, images = self.frames[video_id], self.positives.get(video_id, [])
@@ -322,11 +343,12 @@ class DetectionSet(Dataset):
         clip  its number in the split     position  T x int, place of the frame in the clip
     (boxes and labels in training only: an evaluation that looked at them would be none).
     In evaluation a clip of more than `frames` frames makes several items that interleave, so each spans the clip.
+    augment=False: training pictures as in evaluation.
     """
 
-    def __init__(self, lives, categories, frames, shortest, longest, train, seed=0, every_frame=True):
+    def __init__(self, lives, categories, frames, shortest, longest, train, seed=0, every_frame=True, augment=True):
         self.lives, self.categories, self.frames = lives, {c: k for k, c in enumerate(categories)}, frames
-        self.shortest, self.longest, self.train, self.seed = shortest, longest, train, seed
+        self.shortest, self.longest, self.train, self.seed, self.augment = shortest, longest, train, seed, train and augment
         if train:                                                                    # items of each clip
             self.parts = lives.frame_counts if frames == 1 else np.minimum(lives.frame_counts, 1)
         else:
@@ -353,8 +375,8 @@ class DetectionSet(Dataset):
         c, clip, positions = self._find(i)
         rng = np.random.default_rng((self.seed, epoch, i))
         low, high, step = self.shortest
-        side = low + step * int(rng.integers((high - low) // step + 1)) if self.train else high
-        flip = self.train and rng.random() < 0.5
+        side = low + step * int(rng.integers((high - low) // step + 1)) if self.augment else high
+        flip = self.augment and rng.random() < 0.5
         item = {"frames": [], "boxes_cxcywh": [], "labels": [], "size": [], "clip": c, "position": positions}
         for t in positions:
             image = self.lives.read("frames", clip.frame_ids[t])                      # [3,h,w]
@@ -446,17 +468,18 @@ class PairSet(Dataset):
 
     boxes: {"start" [clips+1], "position" [F], "box" [F,6]} = the boxes (x1 y1 x2 y2 in pixels; the rest is not read) of
     clip c at rows start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" the whole frame and
-    which patches the box touches, "box" the square around the box. Training draws `frames` of the clip's frames,
+    which patches the box touches, "box" the square around the box. text: what is read, "asr", "title", "both" or "none" (the
+    rest is empty). augment=False: training pictures as in evaluation. Training draws `frames` of the clip's frames,
     evaluation takes `frames` at even intervals. An item is asked for by (epoch, i) and holds
         frames uint8 [T,3,S,S]   keep [T,P] bool   valid [T]  False where a short clip is filled up   asr [N]   title [N]
         clip  its number in the split     and in training: image uint8 [3,S,S]   product  the image's id as a number
     """
 
-    def __init__(self, lives, tokenizer, frames, size, grid, view, boxes, train, seed=0):
+    def __init__(self, lives, tokenizer, frames, size, grid, view, boxes, train, seed=0, text="both", augment=True):
         if boxes is None and view != "frame":
             raise BadInput(f"--view {view} needs boxes; without a detector use --view frame")
         self.lives, self.tokenizer, self.frames, self.size, self.grid = lives, tokenizer, frames, size, grid
-        self.view, self.boxes, self.train, self.seed = view, boxes, train, seed
+        self.view, self.boxes, self.train, self.seed, self.text, self.augment = view, boxes, train, seed, text, train and augment
         self.clips = np.flatnonzero(lives.product >= 0) if train else np.arange(len(lives))
         if train and not len(self.clips):
             raise BadInput(f"{lives.root}: no training clip names a shop image, so RICE cannot be trained on it")
@@ -471,7 +494,7 @@ class PairSet(Dataset):
         rng = np.random.default_rng((self.seed, epoch, i))
         rows = range(self.boxes["start"][c], self.boxes["start"][c + 1]) if self.boxes else []
         positions = [int(self.boxes["position"][r]) for r in rows] or list(range(len(clip.frame_ids)))
-        if self.train and len(positions) > self.frames:
+        if self.augment and len(positions) > self.frames:
             chosen = sorted(rng.choice(len(positions), self.frames, replace=False))
         else:
             chosen = even_frames(len(positions), self.frames)
@@ -486,7 +509,8 @@ class PairSet(Dataset):
         item = {"frames": torch.stack(views + [torch.zeros(3, self.size, self.size, dtype=torch.uint8)] * missing),
                 "keep": torch.stack(keep + [torch.ones(self.grid ** 2, dtype=torch.bool)] * missing),
                 "valid": torch.arange(self.frames) < len(views), "clip": c,
-                "asr": self.tokenizer(clip.asr), "title": self.tokenizer(clip.title)}
+                "asr": self.tokenizer(clip.asr if self.text in ("asr", "both") else ""),
+                "title": self.tokenizer(clip.title if self.text in ("title", "both") else "")}
         if self.train:
             image = self.lives.read("images", clip.image_ids[0])
             item["image"] = self._augment(TF.resize(image, (self.size, self.size), antialias=True), rng)
@@ -497,7 +521,7 @@ class PairSet(Dataset):
         """One frame through its box: uint8 [3,S,S] and which of the P patches the box touches [P]."""
         height, width = image.shape[1:]
         if self.view == "box":
-            shift = rng.uniform(-0.06, 0.06, 2) * (box[2] - box[0], box[3] - box[1]) if self.train else (0, 0)
+            shift = rng.uniform(-0.06, 0.06, 2) * (box[2] - box[0], box[3] - box[1]) if self.augment else (0, 0)
             moved = (box[0] + shift[0], box[1] + shift[1], box[2] + shift[0], box[3] + shift[1])
             return square_view(image, moved, self.size), torch.ones(self.grid * self.grid, dtype=torch.bool)
         edges = torch.arange(self.grid + 1) / self.grid
@@ -508,7 +532,7 @@ class PairSet(Dataset):
         return whole, kept if self.view == "mask" and kept.any() else torch.ones_like(kept)
 
     def _augment(self, view, rng):
-        if not self.train:
+        if not self.augment:
             return view
         if rng.random() < 0.5:
             view = view.flip(2)
@@ -519,8 +543,8 @@ class PairSet(Dataset):
 class ImageSet(Dataset):
     """Shop images `ids` of a test split: image uint8 [3,S,S], title [N]."""
 
-    def __init__(self, lives, tokenizer, size, ids):
-        self.lives, self.tokenizer, self.size, self.ids = lives, tokenizer, size, ids
+    def __init__(self, lives, tokenizer, size, ids, text="both"):
+        self.lives, self.tokenizer, self.size, self.ids, self.text = lives, tokenizer, size, ids, text
 
     def __len__(self):
         return len(self.ids)
@@ -528,7 +552,8 @@ class ImageSet(Dataset):
     def __getitem__(self, key):
         image_id = self.ids[key[1]]
         image = TF.resize(self.lives.read("images", image_id), (self.size, self.size), antialias=True)
-        return {"image": image, "title": self.tokenizer(self.lives.titles.get(image_id, ""))}
+        title = self.lives.titles.get(image_id, "") if self.text in ("title", "both") else ""
+        return {"image": image, "title": self.tokenizer(title)}
 
 
 # ------------------------------------------------------------------ order
@@ -597,15 +622,25 @@ class ShardSampler:
 # ------------------------------------------------------------------ rendered livestreams
 #
 # A live: a salesperson before a shelf of products of the same shop. A clip is about one intended product. Each frame is
-# staged in one of five kinds. In "two held" and "table" frames one picture cannot tell which product is meant; the
-# other products change from frame to frame and the intended one stays, so time tells. Decoys are drawn from all products
-# of the live, those of the intended product's own category included.
+# staged in one of six kinds. In "two held", "lifted" (another product in the hand, the intended one on the table) and
+# "table" frames one picture cannot tell which product is meant; the other products change from frame to frame and the
+# intended one stays, so time tells. In a "pair" clip the same two products are held all the time: only the words can tell.
+# Decoys are drawn from all products of the live, those of the intended product's own category included, at their natural
+# rate. Everything that tells the intended product from a decoy (side, size, order of drawing) is drawn from one law for
+# both, so that nothing but time and words gives it away.
 
-KINDS = {"held": 0.40, "two held": 0.26, "table": 0.20, "occluded": 0.14}      # share of the frames that show the product
-ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}                                    # frames of 8 without it -> share of clips
+KINDS = {           # share of the frames that show the product, by the number of products in the live's picture
+    "few": {"held": 0.46, "two held": 0.18, "lifted": 0.04, "table": 0.14, "occluded": 0.18},
+    "medium": {"held": 0.36, "two held": 0.24, "lifted": 0.08, "table": 0.18, "occluded": 0.14},
+    "abundant": {"held": 0.26, "two held": 0.30, "lifted": 0.12, "table": 0.22, "occluded": 0.10}}
+SHOWN = (*KINDS["few"], "pair")
+ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}     # frames of 8 that do not show it, handed out of sight -> share of clips
+CLEAR = {"short": 1, "medium": 2, "long": 2}       # frames at least in which it is held alone, by visible duration
+INSTEAD = 0.4         # share of the frames without it in which another product is lifted
+PAIR = 0.15           # share of clips with two products in view all the time; their ASR names category and colour
 SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}     # of the frame's side; a third of clips each
 SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                      # products behind; a third of clips each
-LOOKALIKE = 0.2       # share of products that copy another of their live but for one detail (logo, or pattern)
+LOOKALIKE = 0.4       # share of products that copy another of their live but for one detail (logo, or pattern)
 BLUR = 0.15           # share of frames with motion blur
 WRONG_WORDS = 0.10    # share of ASR words misheard (the paper measured 90.16 % right)
 QUICKSTART = ("trousers", "hat", "sneaker", "handbag", "suitcase", "bottle", "umbrella", "plate")
@@ -692,11 +727,10 @@ def _pattern(name, base, second, side):
     return Image.fromarray(np.where(on[..., None], np.uint8(second), np.uint8(base)))
 
 
-def _product(rng, categories, weights):
-    hue = int(rng.integers(len(HUES)))
-    return {"category": str(rng.choice(categories, p=weights)), "hue": hue, "shade": rng.uniform(0.65, 1, 2).tolist(),
-            "drift": rng.uniform(-0.03, 0.03), "second": rng.random(),
-            "pattern": str(rng.choice(PATTERNS, p=[.4] + [.12] * 5)), "pattern_hue": rng.random(), "logo": str(rng.choice(list(LOGOS))), "aspect": rng.uniform(0.85, 1.18)}
+def _product(rng, category):
+    return {"category": category, "hue": int(rng.integers(len(HUES))), "shade": rng.uniform(0.65, 1, 2).tolist(),
+            "drift": rng.uniform(-0.03, 0.03), "second": rng.random(), "pattern": str(rng.choice(PATTERNS, p=[.4] + [.12] * 5)),
+            "pattern_hue": rng.random(), "logo": str(rng.choice(list(LOGOS))), "aspect": rng.uniform(0.85, 1.18)}
 
 
 def _lookalike(rng, product):
@@ -733,11 +767,11 @@ def _title(rng, product):
     return " ".join(w for w in words if w)
 
 
-def _asr(rng, product):
+def _asr(rng, product, pair):
     """What the salesperson says, as a machine heard it: chatter, now and then the product, one word in ten wrong."""
     said = [str(s) for s in rng.choice(CHATTER, 3, replace=False)]
-    name = [HUES[product["hue"]]] * (rng.random() < 0.5) + [product["pattern"]] * (rng.random() < 0.3)
-    name += [product["category"]] * (rng.random() < 0.6)
+    name = [HUES[product["hue"]]] * (pair or rng.random() < 0.5) + [product["pattern"]] * (rng.random() < 0.3)
+    name += [product["category"]] * (pair or rng.random() < 0.6)
     said.insert(int(rng.integers(4)), " ".join(name))
     words = " ".join(said).split()
     any_word = [*HUES, *CATEGORIES, *" ".join(CHATTER).split()]
@@ -756,15 +790,15 @@ def _place(canvas, sprite, rng, x, y, size, tilt=20):
     return [max(0, left + x1), max(0, top + y1), min(canvas.width, left + x2), min(canvas.height, top + y2)]
 
 
-def _backdrop(rng, sprites, others, side, shelf):
-    """Wall, shelf and table behind one clip, larger than a frame so that the camera can move."""
+def _backdrop(rng, sprites, stock, side, shelf):
+    """Wall, shelf and table behind one clip, larger than a frame so that the camera can move; any product may stand there."""
     big = round(side * 1.15)
     wall, table = _colour(rng.random(), 0.2, rng.uniform(0.5, 0.95)), _colour(rng.random(), 0.25, rng.uniform(0.35, 0.8))
     scene = Image.new("RGB", (big, big), wall)
     draw = ImageDraw.Draw(scene)
     board = big * 0.24
     draw.rectangle([0, board, big, board + big * 0.02], fill=tuple(c // 2 for c in wall))
-    for n, other in enumerate(rng.choice(others, shelf, replace=False) if shelf else []):
+    for n, other in enumerate(rng.choice(stock, shelf, replace=False) if shelf else []):
         size = big * rng.uniform(0.12, 0.17)
         x = big * (n + 0.5 + rng.uniform(-0.1, 0.1)) / shelf
         _place(scene, sprites[other], rng, x, board - size * 0.5, size, tilt=4)
@@ -772,7 +806,7 @@ def _backdrop(rng, sprites, others, side, shelf):
     return scene
 
 
-def _frame(rng, scene, sprites, product, others, kind, size, look, side):
+def _frame(rng, scene, sprites, product, others, companion, kind, size, look, side):
     """One frame of a clip: RGB picture and the intended product's box (None when it is absent)."""
     pan = rng.integers(0, scene.width - side + 1, 2)
     frame = scene.crop((int(pan[0]), int(pan[1]), int(pan[0]) + side, int(pan[1]) + side))
@@ -789,32 +823,29 @@ def _frame(rng, scene, sprites, product, others, kind, size, look, side):
         elbow = [middle + sign * 27 * u, 72 * u]
         draw.line([middle + sign * 16 * u, 50 * u, *elbow], fill=shirt, width=round(9 * u))
         draw.line([*elbow, *hand], fill=skin, width=round(6 * u))
-    side_of = int(rng.integers(2))                         # the hand is drawn anew in each frame: its side tells nothing
-
-    def hold(which, hand, amount):
-        box = _place(frame, sprites[which], rng, hand[0], hand[1] - 0.12 * amount * side, amount * side)
+    lifted = kind == "lifted" or kind == "absent" and rng.random() < INSTEAD
+    in_hands = {"held": [product], "occluded": [product], "two held": [product, rng.choice(others)],
+                "pair": [product, companion]}.get(kind, [rng.choice(others)] if lifted else [])
+    on_table = []
+    if kind in ("lifted", "table") or kind == "absent" and rng.random() < 0.5:
+        on_table = list(rng.choice(others, int(rng.integers(2, 4)), replace=False)) + [product] * (kind != "absent")
+    box = None
+    for which, place in zip(rng.permutation(on_table).astype(int), rng.permutation(len(on_table))):
+        x = side * (place + 0.5 + rng.uniform(-0.08, 0.08)) / len(on_table)
+        y, small = side * rng.uniform(0.80, 0.86), side * min(size, 0.30) * rng.uniform(0.8, 0.95)
+        drawn = _place(frame, sprites[which], rng, x, y, small, tilt=12)
+        box = drawn if which == product else box
+    for which, hand in zip(rng.permutation(in_hands).astype(int), rng.permutation(hands)):     # which hand tells nothing
+        amount = size * rng.uniform(0.92, 1.08)
+        drawn = _place(frame, sprites[which], rng, hand[0], hand[1] - 0.12 * amount * side, amount * side)
         for finger in range(3):
             fx, fy = hand[0] + (finger - 1) * 4 * u, hand[1] + 4 * u
             draw.ellipse([fx - 2.2 * u, fy - 4 * u, fx + 2.2 * u, fy + 4 * u], fill=skin)
-        return box
-
-    box = None
-    if kind == "two held":
-        hold(rng.choice(others), hands[1 - side_of], size * rng.uniform(0.9, 1.1))
-    if kind in ("held", "two held", "occluded"):
-        box = hold(product, hands[side_of], size * rng.uniform(0.92, 1.08))
-        if kind == "occluded":                                          # a palm over a third to a half of the product
-            x, y = rng.uniform(box[0], box[2]), rng.uniform(box[1], box[3])
-            reach = size * side * rng.uniform(0.22, 0.3)
-            draw.ellipse([x - reach, y - reach * 0.8, x + reach, y + reach * 0.8], fill=skin)
-    elif kind == "table" or rng.random() < 0.5:
-        lying = list(rng.choice(others, int(rng.integers(2, 4)), replace=False)) + [product] * (kind == "table")
-        places = rng.permutation(len(lying))
-        for which, place in zip(lying, places):
-            x = side * (place + 0.5 + rng.uniform(-0.08, 0.08)) / len(lying)
-            y, small = side * rng.uniform(0.80, 0.86), side * min(size, 0.30) * rng.uniform(0.8, 0.95)
-            drawn = _place(frame, sprites[which], rng, x, y, small, tilt=12)
-            box = drawn if which == product else box
+        box = drawn if which == product else box
+    if kind == "occluded":                                              # a palm over a third to a half of the product
+        x, y = rng.uniform(box[0], box[2]), rng.uniform(box[1], box[3])
+        reach = size * side * rng.uniform(0.22, 0.3)
+        draw.ellipse([x - reach, y - reach * 0.8, x + reach, y + reach * 0.8], fill=skin)
     light = rng.uniform(0.75, 1.15) * rng.uniform(0.94, 1.06, 3)
     frame = frame.point([min(255, int(v * c)) for c in light for v in range(256)])
     if rng.random() < BLUR:
@@ -824,11 +855,17 @@ def _frame(rng, scene, sprites, product, others, kind, size, look, side):
     return frame, box
 
 
-def _kinds(rng, frames):
-    """How each frame of a clip is staged: at least two frames show the product held, so that the clip has an answer."""
-    absent = round(rng.choice(list(ABSENT), p=list(ABSENT.values())) * frames / 8)
-    shown = [str(k) for k in rng.choice(list(KINDS), max(0, frames - absent - 2), p=list(KINDS.values()))]
-    return [str(k) for k in rng.permutation(["held"] * min(2, frames) + shown + ["absent"] * min(absent, frames - 2))]
+def _kinds(rng, frames, crowd, pair):
+    """How each frame of a clip is staged; a clip that is no pair shows its product held alone at least once."""
+    absent = min(frames - 2, round(rng.choice(list(ABSENT), p=list(ABSENT.values())) * frames / 8))
+    clear = CLEAR[_duration(1 - absent / frames)]
+    drawn = rng.choice(list(KINDS[crowd]), frames - absent - clear, p=list(KINDS[crowd].values()))
+    shown = ["pair"] * (frames - absent) if pair else ["held"] * clear + [str(k) for k in drawn]
+    return [str(k) for k in rng.permutation(shown + ["absent"] * absent)]
+
+
+def _duration(visible):
+    return "short" if visible < 0.7 else "medium" if visible < 1 else "long"
 
 
 def _render_live(job):
@@ -838,15 +875,20 @@ def _render_live(job):
     rng = np.random.default_rng((options["seed"], ("train", "val", "test").index(split), number))
     names = list(QUICKSTART) + [c for c in CATEGORIES if c not in QUICKSTART]
     names = names[:options["categories"]]
-    weights = np.arange(1, len(names) + 1) ** -0.5                       # the long tail
     count = options["products"] if split == "train" else options["gallery"]
-    products = []
-    for _ in range(count):
-        product = _product(rng, names, weights / weights.sum())
-        if products and rng.random() < LOOKALIKE:
-            product = _lookalike(rng, products[int(rng.integers(len(products)))])
-            while product in products:                                   # two copies may have changed alike
-                product = _lookalike(rng, products[int(rng.integers(len(products)))])
+    long_tail = np.arange(1, len(names) + 1) ** -0.5
+    if options["decoys"] == "same":                               # few categories in equal parts, so that each has decoys
+        names = [str(c) for c in rng.permutation(names)[:max(1, min(4, count // 4))]]
+        of = [names[p % len(names)] for p in range(count)]
+    else:
+        of = [str(c) for c in rng.choice(names, count, p=long_tail / long_tail.sum())]
+    products, family = [], list(range(count))
+    for p, category in enumerate(of):
+        product, before = _product(rng, category), [o for o in range(p) if of[o] == category]
+        if before and rng.random() < LOOKALIKE:
+            while family[p] == p or product in products:                     # two copies may have changed alike
+                like = int(rng.choice(before))
+                product, family[p] = _lookalike(rng, products[like]), family[like]
         products.append(product)
     sprites = [_sprite(p) for p in products]
     live = "-".join(f"{int(v):0{w}x}" for v, w in zip(rng.integers(0, [2 ** 32, 2 ** 16, 2 ** 16, 2 ** 16]), (8, 4, 4, 4)))
@@ -865,33 +907,42 @@ def _render_live(job):
     start = 1667916000000 + number * 86400000
     for product in chosen:
         product = int(product)
-        others = [o for o in range(count) if o != product]
+        name = products[product]["category"]
+        others = [o for o in range(count) if o != product and (options["decoys"] == "natural" or products[o]["category"] == name)]
+        unlike = [o for o in others if products[o]["category"] != name]
+        pair = bool(unlike) and rng.random() < PAIR
+        companion = int(rng.choice(unlike)) if pair else None
         scale, crowd = str(rng.choice(list(SIZES))), str(rng.choice(list(SHELF)))
         low, high = SHELF[crowd]
-        scene = _backdrop(rng, sprites, others, side, min(len(others), int(rng.integers(low, high + 1))))
-        size, kinds = rng.uniform(*SIZES[scale]), _kinds(rng, frames)
+        stock = [product, *others]
+        scene = _backdrop(rng, sprites, stock, side, min(len(stock), int(rng.integers(low, high + 1))))
+        size, kinds = rng.uniform(*SIZES[scale]), _kinds(rng, frames, crowd, pair)
         video_id = f"{live}-{start}-{start + frames * 1000}"
         start += frames * 1000 + 30000
-        name = products[product]["category"]
+        cases = ["two in view"] * pair + ["near-identical"] * (family.count(family[product]) > 1)
         row = {"video_id": video_id, "frame_ids": [f"{video_id}-{t:04d}" for t in range(frames)], "boxes": [], "kinds": kinds,
                "image_id": image_ids[product], "title": titles[product], "category": list(CATEGORIES).index(name), "name": name,
-               "asr": _asr(rng, products[product]), "scale": scale, "number": crowd}
+               "asr": _asr(rng, products[product], pair), "scale": scale, "number": crowd, "cases": cases}
         for frame_id, kind in zip(row["frame_ids"], kinds):
-            picture, box = _frame(rng, scene, sprites, product, others, kind, size, look, side)
+            picture, box = _frame(rng, scene, sprites, product, others, companion, kind, size, look, side)
             picture.save(root / "frames" / f"{frame_id}.jpg", quality=85)
             row["boxes"].append(box or [])
-        visible = sum(bool(b) for b in row["boxes"]) / frames
-        row["duration"] = "short" if visible < 0.7 else "medium" if visible < 1 else "long"
+        row["duration"] = _duration(sum(bool(b) for b in row["boxes"]) / frames)
         rows.append(row)
     return split, live, rows, image_ids, titles
 
 
+LIVESTREAMS = {"runs/livestreams": {}, "runs/livestreams-small": {
+    "lives": 80, "test_lives": 20, "products": 25, "clips": 150, "gallery": 100, "frames": 10, "size": 160, "categories": 34}}
+
+
 def render(root, seed=0, lives=72, val_lives=4, test_lives=10, products=24, clips=28, gallery=50, frames=8, size=96,
-           categories=len(QUICKSTART), processes=None, progress=True):
+           categories=len(QUICKSTART), decoys="natural", processes=None, progress=True):
     """Render livestreams into `root` (LPR4M's layout), deterministic in the seed whatever the number of processes.
 
     Training lives show `products` products in `clips` clips; val and test lives one clip for each of their `gallery`
-    products. Products of different lives are different ones. The folder appears when it is complete.
+    products. Products of different lives are different ones. decoys: "natural", any other product of the live, or "same",
+    only those of the intended product's category (a stress test). The folder appears when it is complete.
     """
     for name, value, low in (("seed", seed, 0), ("lives", lives, 1), ("val-lives", val_lives, 0), ("test-lives", test_lives, 0),
                              ("products", products, 4), ("clips", clips, 1), ("gallery", gallery, 4), ("frames", frames, 4),
@@ -906,7 +957,7 @@ def render(root, seed=0, lives=72, val_lives=4, test_lives=10, products=24, clip
     for folder in ("annotations", "frames", "images"):
         (work / folder).mkdir(parents=True)
     options = {"seed": seed, "products": products, "clips": clips, "gallery": gallery, "frames": frames, "size": size,
-               "categories": categories}
+               "categories": categories, "decoys": decoys}
     counts = {"train": lives, "val": val_lives, "test": test_lives}
     jobs = [(work, split, n, options) for split, count in counts.items() for n in range(count)]
     total = frames * (lives * max(clips, products) + (val_lives + test_lives) * gallery)
@@ -933,6 +984,7 @@ def render(root, seed=0, lives=72, val_lives=4, test_lives=10, products=24, clip
                  f"frameid2kind_{len(pairs)}.json": json.dumps({f: k for _, f, _, k in pairs})}
         files |= {f"{name}_{value}.txt": "".join(f"{r['video_id']}\n" for r in rows if r[name] == value)
                   for name, values in SPLITS.items() for value in values}
+        files |= {f"case_{case.replace(' ', '-')}.txt": "".join(f"{r['video_id']}\n" for r in rows if case in r["cases"]) for case in CASES}
         for name, text in files.items():
             (notes / f"{split}_{name}").write_text(text, encoding="utf-8")
     work.rename(root)
@@ -950,6 +1002,8 @@ def main(argv=None):
             ("size", 96, "side of a frame in pixels"), ("categories", 8, f"how many of the {len(CATEGORIES)} categories; the first 8 are {', '.join(QUICKSTART)}"),
             ("processes", os.cpu_count(), "processes that render")):
         command.add_argument(f"--{name}", type=int, default=default, help=text)
+    command.add_argument("--decoys", choices=["natural", "same"], default="natural",
+                         help="the other products in view: any of the live, or only those of the intended one's category (a stress test)")
     options = vars(parser.parse_args(argv))
     del options["command"]
     guarded(lambda: render(options.pop("dir"), **options))

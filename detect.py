@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.ops import FrozenBatchNorm2d, box_convert, sigmoid_focal_loss
+from torchvision.ops import FrozenBatchNorm2d, box_convert, roi_align, sigmoid_focal_loss
 
 # ------------------------------------------------------------------ positions
 
@@ -277,8 +277,9 @@ class SD(nn.Module):
     images [B,3,H,W] (normalised, 0 where padded), padding [B,H,W] -> logits [L,B,N,K], boxes_cxcywh [L,B,N,4]; the last
     layer is the answer. There is no background class: the K scores are sigmoids of their own, all low where nothing is.
     backbone: "resnet50" (any torchvision ResNet), or "small" (stride 8, starts from nothing).
-    dense: weight of an auxiliary loss that makes each memory token inside a box tell the box's category; 0 leaves
-    it out, with its head. For a detector that starts from nothing: MD compares what queries show, not only where.
+    dense: weight of two auxiliary losses, for a detector that starts from nothing: each memory token inside a box tells the
+    box's category, each query paints a thumbnail of its own box. MD compares what queries show, so they have to know how
+    their box looks. 0 leaves both out, with their heads.
     """
 
     def __init__(self, classes=34, queries=300, dim=256, heads=8, encoder_layers=6, decoder_layers=6, ffn=2048,
@@ -293,7 +294,7 @@ class SD(nn.Module):
         self.backbone = nn.ModuleList([Backbone(backbone)])
         self.input_proj = nn.Conv2d(self.backbone[0].channels, dim, 1)
         if dense:
-            self.dense_embed = nn.Linear(dim, classes)
+            self.dense_embed, self.looks_embed = nn.Linear(dim, classes), nn.Linear(dim, 3 * 3 * 3)
         self.register_load_state_dict_pre_hook(_share_box_head)
         self._initialise(heads)
 
@@ -334,8 +335,16 @@ class SD(nn.Module):
         loss, terms = detection_loss(self.class_embed(contents), predicted, labels, boxes)
         if self.dense:
             dense = self._dense_loss(memory, padding, labels, boxes)
-            loss, terms = loss + self.dense * dense, terms | {"dense": dense.detach()}
+            looks = self._looks_loss(contents[-1], predicted[-1], frames)
+            loss, terms = loss + self.dense * (dense + looks), terms | {"dense": dense.detach(), "looks": looks.detach()}
         return loss, terms
+
+    def _looks_loss(self, contents, boxes, frames):
+        """Mean squared error of the 3 x 3 pixels that each query paints of its box: contents [B,N,C], boxes [B,N,4]."""
+        scale = torch.tensor(frames.shape[:1:-1] * 2, device=boxes.device)
+        extent = box_convert(boxes.detach().float(), "cxcywh", "xyxy") * scale                   # [B,N,4]
+        pixels = roi_align(frames, list(extent), 3).flatten(1)                                   # [B*N,27]
+        return F.mse_loss(self.looks_embed(contents).flatten(0, 1).float(), pixels)
 
     def _dense_loss(self, memory, padding, labels, boxes):
         """Cross-entropy of the category of each token in the middle 70 % of a box: memory [B,S,C] -> a number."""

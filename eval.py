@@ -11,6 +11,7 @@ Letters: Q clips (queries), M shop images, G true boxes, F frames, T frames of a
 Boxes are xyxy in pixels of the picture on disk.
 """
 import argparse
+import glob
 import hashlib
 import json
 import math
@@ -138,19 +139,27 @@ def _greedy(pair_d, pair_t, iou, rounds, ignored, thresholds, count):
 
 
 def rank_k(similarity, positive, gallery=None, ks=(1, 5, 10)):
-    """Share of queries with a true image among the first k of their gallery.
+    """Share of queries with a true image among the first k of their gallery: {k: fraction}.
 
     similarity [Q,M], positive [Q,M] bool, gallery [Q,M] bool (which images a query is compared with; None: all).
-    Ties count against us. A query without a true image in its gallery, or whose scores are not finite (no prediction), is a
-    miss; every query counts in the denominator. -> {k: fraction}
+    Every query counts in the denominator; see first_true.
+    """
+    rank = first_true(similarity, positive, gallery)
+    return {k: float((rank < k).mean()) if len(rank) else 0.0 for k in ks}
+
+
+def first_true(similarity, positive, gallery=None):
+    """How many images stand before the first true one in each query's ranking: [Q]. Arguments as in rank_k.
+
+    Ties count against us. A query without a true image in its gallery, or whose scores are not finite (no prediction),
+    never finds one: its place is beyond every k.
     """
     similarity, positive = np.asarray(similarity), np.asarray(positive, bool)
     gallery = np.ones_like(positive) if gallery is None else np.asarray(gallery, bool)
     known = np.isfinite(similarity)
     best = np.where(positive & gallery & known, similarity, -np.inf).max(1, initial=-np.inf)
     ahead = (gallery & ~positive & ~(similarity < best[:, None])).sum(1)
-    rank = np.where(np.isfinite(best), ahead, np.iinfo(np.int64).max)
-    return {k: float((rank < k).mean()) if len(rank) else 0.0 for k in ks}
+    return np.where(np.isfinite(best), ahead, np.iinfo(np.int64).max)
 
 
 # ------------------------------------------------------------------ checkpoints and processes
@@ -248,11 +257,12 @@ def watch(batches, text):
 
 @torch.no_grad()
 def predict(model, config, categories, lives, device, every_frame=True):
-    """One box for every frame of a split, by SD, and when `model` is MD by MD and by MD with each frame as its own clip.
+    """One box for every frame of a split, by SD, and when `model` is MD by MD and by its two controls.
 
-    -> arrays over frames, by clip and place in it: clip [F], position [F], and "sd", "md", "md1" [F,6] = x1 y1 x2 y2 in
-    pixels of the picture on disk, score, class. every_frame=False takes only `frames` of each clip, at even intervals,
-    and leaves the control "md1" out: what RICE needs to train.
+    -> arrays over frames, by clip and place in it: clip [F], position [F], and [F,6] = x1 y1 x2 y2 in pixels of the picture
+    on disk, score, class: "sd", "md", "md1" (MD, each frame as its own clip) and "vote" (SD, and a clip's frames vote on
+    the category, which needs no training). every_frame=False takes only `frames` of each clip, at even intervals, and
+    leaves the controls out: what RICE needs to train.
     """
     dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], False, every_frame=every_frame)
     # A ResNet lets padding leak across a picture's edge, so what a clip is padded with must not depend on its neighbours in
@@ -275,6 +285,7 @@ def predict(model, config, categories, lives, device, every_frame=True):
                 every = torch.ones(valid.numel(), 1, dtype=torch.bool, device=device)
                 alone = model.temporal(*(x.flatten(0, 1)[:, None] for x in single), memory, every)
                 answers["md1"] = tuple(x[-1].unflatten(0, valid.shape).squeeze(2) for x in alone)
+                answers["vote"] = vote(single[1], valid), single[2]
         else:
             logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
             answers = {"sd": tuple(x[-1].unflatten(0, valid.shape) for x in (logits, boxes))}
@@ -290,11 +301,24 @@ def predict(model, config, categories, lives, device, every_frame=True):
     return gather_rows(rows, "clip", "position")
 
 
-def predicted_boxes(checkpoint, lives, folder, device):
+def vote(logits, valid):
+    """SD's logits [B,T,N,K] with what the clip's other frames say about the category added; valid [B,T].
+
+    A frame's evidence for a class is the log of its best score for it, normalised over classes; each frame hears the mean
+    of the others. What MD gains beyond this control is more than a vote on the category.
+    """
+    best = logits.sigmoid().amax(2)                                                              # [B,T,K]
+    evidence = (best / best.sum(-1, keepdim=True)).log() * valid[..., None]                      # [B,T,K]
+    others = (valid.sum(1, keepdim=True) - 1).clamp(min=1)[..., None]                            # [B,1,1]
+    heard = (evidence.sum(1, keepdim=True) - evidence) / others                                  # [B,T,K]
+    return logits + VOTE * heard[:, :, None]                                                     # [B,T,N,K]
+
+
+def predicted_boxes(checkpoint, lives, folder, device, every_frame=True):
     """`predict` with a detector's checkpoint, kept in one file and used again while detector and data are the same."""
     notes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted((lives.root / "annotations").iterdir())]
     sizes = [checkpoint["config"][name] for name in ("frames", "shortest", "longest")]
-    mark = hashlib.sha256(f"{fingerprint(checkpoint)} {lives.root.resolve()} {notes} {sizes}".encode()).hexdigest()[:12]
+    mark = hashlib.sha256(f"{fingerprint(checkpoint)} {lives.root.resolve()} {notes} {sizes} {len(lives)} {every_frame} {VOTE}".encode()).hexdigest()[:12]
     path = Path(folder) / f"boxes-{lives.split}-{mark}.npz"
     there = [path.exists()]
     if dist.is_initialized():
@@ -303,7 +327,7 @@ def predicted_boxes(checkpoint, lives, folder, device):
         with np.load(path) as saved:
             return dict(saved)
     model, _ = restore(checkpoint, device)
-    rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame=lives.split != "train")
+    rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame)
     if is_first():
         with open(f"{path}.part", "wb") as file:
             np.savez(file, **rows)
@@ -321,16 +345,26 @@ def seen_through(rows, name, clips):
 PAPER_1 = {"SD": (36.6, 46.6, 39.6, 27.5, 44.8, 69.0, 23.6, 45.8, 65.4, 20.7, 21.1, 39.8),
            "MD": (37.0, 47.1, 40.2, 27.7, 45.1, 72.7, 24.8, 47.5, 65.7, 25.1, 21.2, 40.3)}
 COLUMNS_1 = ("AP", "AP50", "AP75", *(f"{value} {name}" for name, values in data.SPLITS.items() for value in values))
-LABELS = {"sd": "SD", "md1": "MD, T = 1", "md": "MD"}
+LABELS = {"sd": "SD", "vote": "SD + vote", "md1": "MD, T = 1", "md": "MD"}
+VOTE = 2.0            # weight of the vote: the best of 0.5, 1, 2, 4, 8 on validation lives of the quickstart
 
 
-def table(header, rows):
-    """Lines of a table whose columns line up; numbers with one decimal, a dash where there is none."""
+def table(header, rows, markdown=False, bold=()):
+    """Lines of a table whose columns line up; numbers with one decimal, a dash where there is none; (mean, deviation)
+    pairs as "mean ±deviation". bold: places (row, column) of rows that stand out, by ** in Markdown, else by *."""
     def text(cell):
+        if isinstance(cell, tuple):
+            return text(cell[0]) + (f" ±{cell[1]:.1f}" if cell[1] is not None else "")
         return cell if isinstance(cell, str) else "-" if cell is None or math.isnan(cell) else f"{cell:.1f}"
     cells = [[text(cell) for cell in row] for row in (header, *rows)]
+    for r, c in bold:
+        cells[r + 1][c] = f"**{cells[r + 1][c]}**" if markdown else f"*{cells[r + 1][c]}"
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    if markdown:
+        lines.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join("  ".join(line) for line in lines)
 
 
 def truth_of(rows, lives, categories):
@@ -353,14 +387,15 @@ def truth_of(rows, lives, categories):
 
 def score_detections(rows, lives, categories):
     """Table 1 of each method in `rows`, in percent: {method: {"class-agnostic": {column: AP}, "per category": {column: AP},
-    "hit": share of boxes found, "category": share named right, "kinds": {kind of frame: ...}}}, and what was counted."""
+    "hit": share of boxes found, "category": share named right, "kinds": {kind of frame: ...}}}, what was counted, and per
+    method what `ap50` needs: clip [F], score [F], hit [F] (IoU 0.5 or more), and true [Q], the boxes of each clip."""
     frame, category, box, kinds = truth_of(rows, lives, categories)
     if not len(frame):
         raise BadInput(f"{lives.root}: the {lives.split} split has no true boxes, and a detector is judged by boxes")
     clip_ids = np.array([lives.video_ids[c] for c in rows["clip"]], object)
     parts = {"all": np.ones(len(clip_ids), bool)}
     parts |= {f"{value} {name}": np.array([v in ids for v in clip_ids], bool) for (name, value), ids in lives.members.items()}
-    results = {}
+    results, samples = {}, {}
     for method in (m for m in LABELS if m in rows):
         found = rows[method]
         guess, right = found[:, 5].astype(int), found[frame, 5].astype(int) == category
@@ -381,14 +416,16 @@ def score_detections(rows, lives, categories):
         hit, shown = np.zeros(len(found), bool), np.zeros(len(found), bool)
         np.logical_or.at(hit, frame, _overlaps(found[frame, :4], box) >= 0.5)
         shown[frame] = True
+        samples[method] = {"clip": rows["clip"], "score": found[:, 4], "hit": hit,
+                           "true": np.bincount(rows["clip"][frame], minlength=len(lives))}
         result["hit"] = 100 * float(hit[shown].mean())
         result["category"] = 100 * float(right.mean()) if "per category" in views else None
         result["kinds"] = {}
-        for kind in (k for k in (*data.KINDS, "absent") if (kinds == k).any()):
+        for kind in (k for k in (*data.SHOWN, "absent") if (kinds == k).any()):
             here = kinds == kind
             result["kinds"][kind] = {"frames": int(here.sum()), "score": 100 * float(found[here, 4].mean()),
                                      "hit": 100 * float(hit[here].mean()) if shown[here].any() else None}
-    return results, {"clips": len(lives), "frames": len(clip_ids), "boxes": len(frame)}
+    return results, {"clips": len(lives), "frames": len(clip_ids), "boxes": len(frame)}, samples
 
 
 def _overlaps(a, b):
@@ -397,22 +434,23 @@ def _overlaps(a, b):
     return inner / np.maximum((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - inner, 1e-9)
 
 
-def show_table_1(results, counts):
+def show_table_1(results, counts, markdown=False):
     print(f"\nTable 1, one box a frame ({counts['clips']} clips, {counts['frames']} frames, {counts['boxes']} boxes); "
-          "AP50 from the fourth column on")
+          "AP50 from the fourth column on\n")
     rows = [(f"{LABELS[m]}, {view}", *r[view].values()) for view in ("class-agnostic", "per category")
             for m, r in results.items() if r[view]["AP"] is not None]
-    print(table(("", *COLUMNS_1), rows + [(f"paper's {name}", *values) for name, values in PAPER_1.items()]))
+    print(table(("", *COLUMNS_1), rows + [(f"paper's {name}", *values) for name, values in PAPER_1.items()], markdown))
     kinds = results["sd"]["kinds"]
     rows = [(LABELS[m], r["hit"], *(r["kinds"][k]["hit"] for k in kinds), r["category"]) for m, r in results.items()]
     rows += [(f"{LABELS[m]}, mean score", None, *(r["kinds"][k]["score"] for k in kinds), None) for m, r in results.items() if kinds]
-    print(f"\nFrames whose box has IoU 0.5 or more{', by kind of frame' if kinds else ''} (%)")
-    print(table(("", "all", *kinds, "right category"), rows))
+    print(f"\nFrames whose box has IoU 0.5 or more{', by kind of frame' if kinds else ''} (%)\n")
+    print(table(("", "all", *kinds, "right category"), rows, markdown))
 
 
 # ------------------------------------------------------------------ Table 2
 
 PAPER_2 = {"SD": (30.6, 62.6, 73.5), "MD": (31.3, 63.2, 74.3)}
+SCORES = {"icl": "ICL", "pmd": "PMD", "fused": "ICL + PMD"}
 SOURCES = {"true": "true boxes", "md": "MD boxes", "sd": "SD boxes", "none": "whole frames"}
 
 
@@ -440,14 +478,17 @@ def rerank(model, similarity, images, clips, padding, top):
 def rank_live(model, tokenizer, config, lives, live, clips, sources, device):
     """One live: its clips (numbers) against its own gallery, for every source of boxes.
 
-    -> {"live", "clips", "ids" of the gallery, "positive" [Q,M], "score": {source: {"icl": [Q,M], "pmd": ..., "fused": ...}}}
+    -> {"live", "clips", "ids" of the gallery, "positive" [Q,M], "score": {source: {"icl": [Q,M], "pmd": ..., "fused": ...}},
+    "place": {source: {"icl": [Q], ...}}, how many images stand before the first true one}
     """
     ids = list(dict.fromkeys(lives.galleries.get(live, [])))
     true = [set(lives.positives.get(lives.video_ids[q], [])) for q in clips]
     row = {"live": live, "clips": clips, "ids": ids, "score": {},
            "positive": np.array([[i in images for i in ids] for images in true], bool).reshape(len(clips), len(ids))}
+    names = ("icl", "pmd", "fused") if hasattr(model, "pmd") else ("icl",)
     if not ids:
-        return row
+        never = np.full(len(clips), np.iinfo(np.int64).max)
+        return row | {"place": {source: dict.fromkeys(names, never) for source in sources}}
 
     def encode_images(b):
         return model.encode_images(data.to_float(b["image"], data.CLIP), b["title"])
@@ -456,11 +497,12 @@ def rank_live(model, tokenizer, config, lives, live, clips, sources, device):
         frames = data.to_float(b["frames"], data.CLIP)
         return *model.encode_clips(frames, b["keep"], b["valid"], b["asr"]), b["valid"].any(1)
 
-    shop = data.ImageSet(lives, tokenizer, config["size"], ids)
+    shop = data.ImageSet(lives, tokenizer, config["size"], ids, config.get("text", "both"))
     image, image_tokens = embed(encode_images, shop, range(len(ids)), config, device)            # [M,D], [M,1+P+1,W]
     for source, boxes in sources.items():
         view = "frame" if boxes is None else config["view"]
-        pairs = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid, view, boxes, False)
+        pairs = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid, view, boxes, False,
+                             text=config.get("text", "both"))
         clip, tokens, padding, seen = embed(encode_clips, pairs, clips, config, device)          # [Q,D], [Q,R,W], [Q,R], [Q]
         scores = {"icl": model.scale() * clip @ image.T}                                         # [Q,M]
         if hasattr(model, "pmd"):
@@ -468,16 +510,20 @@ def rank_live(model, tokenizer, config, lives, live, clips, sources, device):
             scores["fused"] = scores["icl"] + scores["pmd"]
         # A clip without frames has no prediction: it stays in the denominator, as a miss.
         row["score"][source] = {name: s.masked_fill(~seen[:, None], math.nan).cpu().numpy() for name, s in scores.items()}
+    row["place"] = {source: {name: first_true(s, row["positive"]) for name, s in scores.items()} for source, scores in row["score"].items()}
     return row
 
 
-def score_ranking(checkpoint, lives, folder, device):
+def score_ranking(checkpoint, lives, folder, device, model=None, every_source=True):
     """Table 2: R1, R5, R10 in each live's gallery, for every source of boxes there is: by ICL, by the PMD, by both.
 
-    Live by live, so that memory holds one gallery; each process takes its share of the lives.
-    -> results {source: {"icl": {"R1": percent, ...}, "pmd": ..., "fused": ...}}, counts, and what the picture shows.
+    Live by live, so that memory holds one gallery; each process takes its share of the lives. every_source=False: only
+    the boxes that the model was trained with. model: that of the checkpoint, when it is built already.
+    -> results {source: {"icl": {"R1": percent, ...}, "pmd": ..., "fused": ...}}, counts, what the picture shows, and the
+    place [Q] of each clip's first true image by each score, for the boxes that the model was trained with.
     """
-    config, (model, tokenizer) = checkpoint["config"], restore(checkpoint, device)
+    config, tokenizer = checkpoint["config"], data.Tokenizer(bytes(checkpoint["tokenizer"].tolist()))
+    model = restore(checkpoint, device)[0] if model is None else model
     if not lives.galleries or not lives.positives:
         raise BadInput(f"{lives.root}: the {lives.split} split needs {lives.split}_liveid_to_gallery_*.json and "
                        f"{lives.split}_videoid_to_gtimage_*.json to rank shop images")
@@ -486,6 +532,8 @@ def score_ranking(checkpoint, lives, folder, device):
         found = predicted_boxes(checkpoint["detector"], lives, folder, device) if "detector" in checkpoint else {}
         sources = {"true": data.true_boxes(lives)} if lives.truth else {}
         sources |= {name: seen_through(found, name, len(lives)) for name in ("md", "sd") if name in found} | {"none": None}
+    main = config["boxes"] if config["boxes"] in sources else "none"
+    sources = sources if every_source else {main: sources[main]}
     members, (rank, world) = {}, start_processes()
     for q, video_id in enumerate(lives.video_ids):
         members.setdefault(data.live_of(video_id), []).append(q)
@@ -493,25 +541,30 @@ def score_ranking(checkpoint, lives, folder, device):
             for live, clips in watch(list(members.items())[rank::world], "rank lives")]
     place = {live: n for n, live in enumerate(members)}
     rows = sorted((row for part in everyones(mine) for row in part), key=lambda row: place[row["live"]])
+    order = np.argsort(np.concatenate([row["clips"] for row in rows]), kind="stable")
 
-    def share(parts):
-        """A share of each live's clips -> the share of all clips, in percent."""
-        return {f"R{k}": 100 * sum(len(row["clips"]) * part[k] for row, part in zip(rows, parts)) / len(lives) for k in (1, 5, 10)}
+    def joined(column):
+        """A value for each clip of each live -> for each clip of the split, in its order."""
+        return np.concatenate([column(row) for row in rows])[order]
 
-    def found_in(row, source, name):
-        return rank_k(row["score"][source][name], row["positive"]) if row["ids"] else {1: 0.0, 5: 0.0, 10: 0.0}
+    def share(rank):
+        return {f"R{k}": 100 * float((rank < k).mean()) for k in (1, 5, 10)}
 
     names = ("icl", "pmd", "fused") if hasattr(model, "pmd") else ("icl",)
-    results = {source: {name: share([found_in(row, source, name) for row in rows]) for name in names} for source in sources}
-    main = config["boxes"] if config["boxes"] in sources else "none"
-    chances = [{k: float(np.mean([chance(len(row["ids"]), int(p), k) for p in row["positive"].sum(1)])) for k in (1, 5, 10)} for row in rows]
-    counts = {"clips": len(lives), "lives": len(rows), "missing": int((lives.lengths == 0).sum()), "chance": share(chances),
-              "gallery": sum(len(row["clips"]) * len(row["ids"]) for row in rows) / len(lives),
-              "several true images": int(sum((row["positive"].sum(1) > 1).sum() for row in rows)), "source": main, "each live": {}}
-    for row, luck in zip(rows, chances):
-        hits = [100 * value for value in found_in(row, main, "icl").values()]
-        counts["each live"][row["live"]] = [len(row["clips"]), len(row["ids"]), *hits, 100 * luck[1]]
-    return results, counts, {"rows": rows, "source": main, "boxes": sources[main], "score": names[-1]}
+    places = {source: {name: joined(lambda row: row["place"][source][name]) for name in names} for source in sources}
+    true, images = joined(lambda row: row["positive"].sum(1)), joined(lambda row: np.full(len(row["clips"]), len(row["ids"])))
+    luck = {f"R{k}": 100 * float(np.mean([chance(int(m), int(p), k) for m, p in zip(images, true)])) for k in (1, 5, 10)}
+    counts = {"clips": len(lives), "lives": len(rows), "missing": int((lives.lengths == 0).sum()), "chance": luck,
+              "gallery": float(images.mean()), "several true images": int((true > 1).sum()), "source": main, "each live": {}, "cases": {}}
+    for row in rows:
+        hits = share(row["place"][main]["icl"]).values()
+        counts["each live"][row["live"]] = [len(row["clips"]), len(row["ids"]), *hits, 100 * chance(len(row["ids"]), 1, 1)]
+    for case, members in lives.cases.items():
+        inside = np.array([video_id in members for video_id in lives.video_ids], bool)
+        if inside.any():
+            counts["cases"][case] = {"clips": int(inside.sum()), **{name: share(places[main][name][inside])["R1"] for name in names}}
+    results = {source: {name: share(rank) for name, rank in ranks.items()} for source, ranks in places.items()}
+    return results, counts, {"rows": rows, "source": main, "boxes": sources[main], "score": names[-1]}, places[main]
 
 
 def chance(images, true, k):
@@ -519,17 +572,162 @@ def chance(images, true, k):
     return 1 - math.comb(images - true, k) / math.comb(images, k) if true and k < images else float(true > 0)
 
 
-def show_table_2(results, counts, config):
+def show_table_2(results, counts, config, markdown=False):
     print(f"\nTable 2, rank-k within each live's own gallery ({counts['clips']} clips, {counts['lives']} lives, "
-          f"{counts['gallery']:.1f} images a gallery, missing={counts['missing']})")
-    names = {"icl": "ICL", "pmd": f"PMD on the first {config['rerank']}", "fused": "ICL + PMD"}
+          f"{counts['gallery']:.1f} images a gallery, missing={counts['missing']})\n")
+    names = SCORES | {"pmd": f"PMD on the first {config['rerank']}"}
     rows = [(f"{SOURCES[source]}, {names[score]}", *values.values()) for source, r in results.items() for score, values in r.items()]
     rows += [("chance", *counts["chance"].values())] + [(f"paper's RICE, {name} boxes", *values) for name, values in PAPER_2.items()]
-    print(table(("", "R1", "R5", "R10"), rows))
-    print(f"\nEach live's clips against its own gallery ({SOURCES[counts['source']]}, ICL)")
-    rows = list(counts["each live"].items())
-    print(table(("", "clips", "images", "R1", "R5", "R10", "chance R1"), [(live, str(n), str(m), *row) for live, (n, m, *row) in rows[:12]]))
-    print("" if len(rows) <= 12 else f"... and {len(rows) - 12} more lives (all of them with --json)")
+    print(table(("", "R1", "R5", "R10"), rows, markdown))
+    if counts["cases"]:
+        print(f"\nR1 of the clips that only words, or only details, can tell ({SOURCES[counts['source']]})\n")
+        rows = [(case, str(value["clips"]), *(value[name] for name in names if name in value)) for case, value in counts["cases"].items()]
+        print(table(("", "clips", *list(names.values())[:len(rows[0]) - 2]), rows, markdown))
+    print(f"\nEach live's clips against its own gallery ({SOURCES[counts['source']]}, ICL)\n")
+    rows = [(live, str(n), str(m), *row) for live, (n, m, *row) in list(counts["each live"].items())[:12]]
+    print(table(("", "clips", "images", "R1", "R5", "R10", "chance R1"), rows, markdown))
+    more = len(counts["each live"]) - len(rows)
+    print(f"... and {more} more lives (all of them with --json)" if more else "")
+
+
+# ------------------------------------------------------------------ several checkpoints: rows, seeds, intervals
+
+# What a paper's row has, by the field it varies (Tables 2 and 3; the losses stand in the main paper).
+PAPER_ROWS = {("boxes", "sd"): (30.6, 62.6, 73.5), ("boxes", "md"): (31.3, 63.2, 74.3), ("negatives", "rand"): (27.6, 57.3, 69.7),
+              ("negatives", "hard"): (29.4, 62.0, 73.7), ("losses", "icl"): (31.5,), ("losses", "icl,pmd"): (33.1,),
+              ("losses", "icl,pmd,pfr"): (33.8,)}
+SAME = {"seed", "preset", "data", "out", "detectors", "init", "workers", "save_every", "log_every", "eval_every"}  # one row all the same
+
+
+def compare(runs, markdown=False):
+    """Print one row per configuration, mean and standard deviation over its seeds, then the differences between rows.
+
+    runs: what `evaluate` returned, all for the same clips. Rows stand in the order given; each is compared with the one
+    above it (Table 1: MD with SD and its controls), with 95 % intervals by paired bootstrap: clips, or whole lives, are
+    drawn anew, and seeds too. -> {"rows": [...], "differences": [...]} of plain values.
+    """
+    if len({json.dumps(samples["live"]) for _, _, samples in runs}) > 1:
+        raise BadInput("--ckpt: these checkpoints were not evaluated on the same clips; name one data folder with --data")
+    fields = {name for result, *_ in runs for name in result["config"]} - SAME
+    stages = {result["stage"] for result, *_ in runs}
+    if "rice" in stages and len(stages) > 1:
+        raise BadInput("--ckpt: detectors and RICE have different tables; evaluate them one after the other")
+    differing = [name for name in runs[0][0]["config"] if name in fields and any(
+        len({json.dumps(result["config"].get(name)) for result, *_ in runs if result["stage"] == stage}) > 1 for stage in stages)]
+    groups = {}
+    for result, _, samples in runs:
+        key = (result["stage"], *(json.dumps(result["config"].get(name)) for name in differing))
+        groups.setdefault(key, []).append((result, samples))
+    rows = []
+    for members in groups.values():
+        config = members[0][0]["config"]
+        varied = ", ".join(f"{name}={config.get(name)}" for name in differing)
+        for method in members[0][1]["methods"]:
+            label = LABELS[method] if config["stage"] != "rice" else SCORES[method]
+            rows.append({"name": ", ".join(filter(None, (varied, label))), "method": method, "group": varied,
+                         "varied": [(name, config.get(name)) for name in differing],
+                         "seeds": [result["config"]["seed"] for result, _ in members],
+                         "columns": [columns_of(result, method) for result, _ in members],
+                         "samples": [samples["methods"][method] | {"live": samples["live"]} for _, samples in members]})
+    detectors = "rice" not in stages
+    names = list(rows[0]["columns"][0])
+    for row in rows:
+        values = np.array([[np.nan if c[name] is None else c[name] for name in names] for c in row["columns"]], float)
+        row["mean"], row["std"] = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else [None] * len(names)
+    print(f"\nTable {1 if detectors else 2} ({len(runs)} checkpoints, {len(runs[0][2]['live'])} clips; mean ± standard deviation over seeds)\n")
+    best = np.array([row["mean"] for row in rows])
+    bold = [(r, c + 2) for c in range(len(names)) for r in np.flatnonzero(best[:, c] == best[:, c].max()) if len(rows) > 1]
+    paper = [(f"paper's {name}", "", *values) for name, values in PAPER_1.items()] if detectors else []
+    print(table(("", "seeds", *names), [(row["name"], str(len(row["seeds"])), *zip(row["mean"], row["std"])) for row in rows]
+                + [(*row, *[None] * (2 + len(names) - len(row))) for row in paper], markdown, bold))
+    pairs = pairs_of(rows, detectors)
+    differences = []
+    for number, (one, other) in enumerate(watch(pairs, "bootstrap")):
+        statistic = ap50 if detectors else r1
+        differences.append({"name": f"{one['name']} - {other['name']}", "mean": (one["mean"] - other["mean"]).tolist(),
+                            "clips": interval(one["samples"], other["samples"], statistic, False),
+                            "lives": interval(one["samples"], other["samples"], statistic, True),
+                            "paper": paper_difference(one, other, detectors, len(names))})
+    if differences:
+        headline = "AP50" if detectors else "R1"
+        print(f"\nDifferences; {headline}: 95 % interval over clips and seeds, over lives and seeds\n")
+        lines = []
+        for d in differences:
+            lines.append((d["name"], *d["mean"], *(f"{low:+.1f} .. {high:+.1f}" for low, high in (d["clips"], d["lives"]))))
+            if d["paper"]:
+                lines.append(("    the paper's", *d["paper"], "", ""))
+        print(table(("", *names, f"{headline}, clips", f"{headline}, lives"), lines, markdown))
+    plain = [{"name": row["name"], "seeds": row["seeds"], "mean": dict(zip(names, map(float, row["mean"]))),
+              "std": dict(zip(names, (None if v is None else float(v) for v in row["std"])))} for row in rows]
+    return {"rows": plain, "differences": [d | {"mean": dict(zip(names, d["mean"]))} for d in differences]}
+
+
+def columns_of(result, method):
+    """One method's numbers of one evaluated checkpoint, under the columns of its table."""
+    if result["stage"] != "rice":
+        return result["results"][method]["class-agnostic"] | {"category AP": result["results"][method]["per category"]["AP"]}
+    cases = {f"R1 {case}": value[method] for case, value in result["counts"]["cases"].items()}
+    return result["results"][result["counts"]["source"]][method] | cases
+
+
+def pairs_of(rows, detectors):
+    """Which rows are compared: MD with SD and with its controls; RICE by the same score with the row above, and fused with ICL."""
+    pairs = []
+    for n, row in enumerate(rows):
+        mates = [r for r in rows if r["group"] == row["group"] and r is not row]
+        if detectors and row["method"] == "md":
+            pairs += [(row, mate) for mate in mates]
+        if not detectors:
+            above = [r for r in rows[:n] if r["method"] == row["method"]]
+            pairs += [(row, above[-1])] if above else []
+            pairs += [(row, mate) for mate in mates if (row["method"], mate["method"]) == ("fused", "icl")]
+    return pairs
+
+
+def paper_difference(one, other, detectors, width):
+    """The paper's difference between two rows, where it has both; None otherwise."""
+    if detectors:
+        values = [PAPER_1.get(LABELS[row["method"]]) for row in (one, other)]
+    else:
+        changed = [(a, b) for a, b in zip(one["varied"], other["varied"]) if a != b]
+        values = [PAPER_ROWS.get(side) for side in changed[0]] if len(changed) == 1 else [None]
+    if not all(values) or one["method"] != other["method"] and not detectors:
+        return None
+    known = [a - b for a, b in zip(*values)]
+    return known + [None] * (width - len(known))
+
+
+def interval(one, other, statistic, by_live, draws=1000):
+    """95 % interval of mean(one) - mean(other) over their seeds: paired bootstrap over clips, or over whole lives.
+
+    one, other: the samples of each seed. Both sides see the same clips drawn; each side draws its seeds.
+    """
+    rng = np.random.default_rng(0)
+    lives = np.unique(one[0]["live"], return_inverse=True)[1] if by_live else np.arange(len(one[0]["live"]))
+    units = int(lives.max()) + 1
+    weights = rng.multinomial(units, np.full(units, 1 / units), draws)[:, lives]                           # [R,Q]
+    means = []
+    for side in (one, other):
+        values = np.stack([statistic(sample, weights) for sample in side])                                 # [seeds,R]
+        means.append(np.take_along_axis(values, rng.integers(len(side), size=values.shape), 0).mean(0))    # [R]
+    return np.percentile(means[0] - means[1], [2.5, 97.5]).tolist()
+
+
+def r1(sample, weights):
+    """R1 in percent when clip q counts weights[:,q] times: weights [R,Q] -> [R]."""
+    return 100 * weights @ (sample["place"] < 1) / weights.sum(1)
+
+
+def ap50(sample, weights):
+    """Class-agnostic AP50 of one box a frame, in percent, when clip q counts weights[:,q] times: weights [R,Q] -> [R]."""
+    order = np.argsort(-sample["score"], kind="stable")
+    w, hit = weights[:, sample["clip"][order]], sample["hit"][order]                                       # [R,F], [F]
+    true = np.cumsum(w * hit, 1)
+    precision = true / np.maximum(np.cumsum(w, 1), 1)
+    precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+    recall = true / np.maximum(weights @ sample["true"], 1)[:, None]
+    at = np.stack([np.searchsorted(row, np.linspace(0, 1, 101)) for row in recall])                        # [R,101]
+    return 100 * np.where(at < len(order), np.take_along_axis(precision, at.clip(max=len(order) - 1), 1), 0).mean(1)
 
 
 # ------------------------------------------------------------------ pictures
@@ -642,11 +840,11 @@ def ranking_picture(shown, lives, path, clips=5, side=132):
 # ------------------------------------------------------------------ the command
 
 
-def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None):
-    """Evaluate one checkpoint and print its table.
+def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None, every_source=True):
+    """Evaluate one checkpoint.
 
-    -> every number as a dict of plain values, and a function that draws the picture beside the checkpoint (or in `out`):
-    to be called when the numbers are safe.
+    -> every number as a dict of plain values, a function that draws the picture beside the checkpoint (or in `out`), to be
+    called when the numbers are safe, and what `compare` draws anew: {"live" [Q], "methods": {name: per clip or frame}}.
     """
     start_processes()
     device, checkpoint = pick_device(), read_checkpoint(path)
@@ -656,28 +854,46 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None
     config["rerank"] = config["rerank"] if top is None else top
     if config["workers"] < 0 or config["rerank"] < 1:
         raise BadInput("--workers is 0 or more, --rerank 1 or more")
-    lives, out = data.Lives(data_dir or config["data"], split), Path(out or Path(path).parent)
+    out = Path(out or Path(path).parent)
     out.mkdir(parents=True, exist_ok=True)
+    # With --overfit a model is judged by the very clips that it was trained on.
+    overfit = config.get("overfit", 0)
+    lives = data.Lives(data_dir or config["data"], "train").few(overfit) if overfit else data.Lives(data_dir or config["data"], split)
     if config["stage"] == "rice":
-        results, counts, shown = score_ranking(checkpoint, lives, out, device)
+        boxes = Path(config.get("detectors", out))                   # models that share a detector find its boxes there
+        results, counts, shown, places = score_ranking(checkpoint, lives, boxes if boxes.is_dir() else out, device, every_source=every_source)
         draw = lambda: ranking_picture(shown, lives, out / "ranking.png")
+        methods = {name: {"place": place} for name, place in places.items()}
     else:
         rows = predicted_boxes(checkpoint, lives, out, device)
-        results, counts = score_detections(rows, lives, checkpoint["categories"])
+        results, counts, methods = score_detections(rows, lives, checkpoint["categories"])
         draw = lambda: detection_picture(rows, lives, list(checkpoint["categories"].values()), out / "detections.png")
-    result = {"stage": config["stage"], "data": str(lives.root), "split": split, "counts": counts, "results": results,
+    result = {"stage": config["stage"], "data": str(lives.root), "split": lives.split, "counts": counts, "results": results,
               "step": checkpoint["step"], "seed": config["seed"], "config": config, "fingerprint": fingerprint(checkpoint)}
-    if is_first():
-        show(result)
-    return result, lambda: print(f"\npicture: {draw()}")
+    return result, draw, {"live": [data.live_of(v) for v in lives.video_ids], "methods": methods}
 
 
-def show(result):
+@torch.no_grad()
+def validate(model, checkpoint, folder, device):
+    """The one number by which training is watched, on the val lives: {"AP50": class-agnostic} or {"R1": by ICL}, percent."""
+    config, lives = checkpoint["config"], data.Lives(checkpoint["config"]["data"], "val")
+    model.eval()
+    if config["stage"] == "rice":
+        results, counts, *_ = score_ranking(checkpoint, lives, folder, device, model, every_source=False)
+        value = {"R1": results[counts["source"]]["icl"]["R1"]}
+    else:
+        rows = predict(model, config, checkpoint["categories"], lives, device, every_frame=False)
+        value = {"AP50": score_detections(rows, lives, checkpoint["categories"])[0][config["stage"]]["class-agnostic"]["AP50"]}
+    model.train()
+    return value
+
+
+def show(result, markdown=False):
     """Print the table of what `evaluate` returned."""
     if result["stage"] == "rice":
-        show_table_2(result["results"], result["counts"], result["config"])
+        show_table_2(result["results"], result["counts"], result["config"], markdown)
     else:
-        show_table_1(result["results"], result["counts"])
+        show_table_1(result["results"], result["counts"], markdown)
 
 
 def write_json(path, value):
@@ -689,21 +905,32 @@ def write_json(path, value):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Evaluate a checkpoint of train.py: Table 1 for a detector, Table 2 for RICE.")
-    parser.add_argument("--ckpt", required=True, help="checkpoint, e.g. runs/tiny/md.pt; it knows its stage and configuration")
+    parser.add_argument("--ckpt", required=True, nargs="+", metavar="FILE", help="checkpoint, e.g. runs/tiny/md.pt; it knows its stage "
+                        "and configuration. Several (or a pattern): one row per configuration, mean and deviation over seeds")
     parser.add_argument("--data", help="data folder in the LPR4M layout (default: the one it was trained on)")
     parser.add_argument("--split", default="test", choices=["test", "val"], help="which lives (default: test)")
     parser.add_argument("--out", help="folder for the picture and the cached boxes (default: the checkpoint's)")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--json", help="write every number to this file too")
     parser.add_argument("--rerank", type=int, help="how many first images the PMD scores (default: as configured, 20)")
     parser.add_argument("--workers", type=int, help="processes that load pictures (default: as in training)")
     options = parser.parse_args(argv)
 
     def command():
-        result, draw = evaluate(options.ckpt, options.data, options.split, options.out, options.workers, options.rerank)
-        if is_first():
-            if options.json:
-                write_json(options.json, result)
-            draw()
+        paths = list(dict.fromkeys(path for given in options.ckpt for path in sorted(glob.glob(given)) or [given]))
+        settings = options.data, options.split, options.out, options.workers, options.rerank
+        runs = [evaluate(path, *settings, every_source=len(paths) == 1) for path in watch(paths, "checkpoints")]
+        if not is_first():
+            return
+        result, draw, _ = runs[0]
+        if len(paths) > 1:
+            result = compare(runs, options.markdown) | {"runs": [run[0] for run in runs]}
+        else:
+            show(result, options.markdown)
+        if options.json:
+            write_json(options.json, result)
+        if len(paths) == 1:
+            print(f"\npicture: {draw()}")
     try:
         data.guarded(command)
     finally:

@@ -41,14 +41,18 @@ def option(default, group, text, low=None):
 class Config:
     """Everything that decides a run of one stage; the defaults are the paper's where it gives a value."""
     stage: str = option("sd", "run", "sd, md, rice, or all of them in this order")
-    preset: str = option("tiny", "run", "tiny: the quickstart, two CPU cores; paper: the supplement's recipe")
-    data: str = option("runs/livestreams", "run", "data folder in the LPR4M layout; the default one is rendered when absent")
+    preset: str = option("tiny", "run", "tiny: the quickstart, two CPU cores; small: 34 categories, a GPU for an hour; paper: "
+                         "the supplement's recipe")
+    data: str = option("runs/livestreams", "run", "data folder in the LPR4M layout; the default ones are rendered when absent")
     out: str = option("", "run", "run folder: checkpoints, logs, pictures (default: runs/PRESET)")
+    detectors: str = option("", "run", "run folder of the sd.pt and md.pt that a later stage goes on from (default: --out)")
+    overfit: int = option(0, "run", "train on this many clips without augmentation and evaluate on them: can it learn at all?", low=0)
     seed: int = option(0, "run", "decides initialisation, order, augmentation and negatives", low=0)
     init: str = option("", "run", "public weights to start from: a DAB-DETR or ResNet checkpoint (sd), CLIP's (rice)")
     workers: int = option(8, "run", "processes that load pictures, for each training process", low=0)
     save_every: int = option(1000, "run", "steps between checkpoints")
     log_every: int = option(50, "run", "steps between lines of the log")
+    eval_every: int = option(0, "run", "steps between evaluations on the val lives, AP50 or R1; keeps the best, too; 0: none", low=0)
 
     precision: str = option("float32", "optimisation", "float32, or bf16: autocast, with matching and losses in float32")
     steps: int = option(0, "optimisation", "training steps; 0: as many as --epochs makes", low=0)
@@ -86,6 +90,7 @@ class Config:
     patch: int = option(32, "rice", "pixels of a patch; 0: tokens of 16 pixels from a few convolution blocks", low=0)
     size: int = option(224, "rice", "side of its pictures, pixels")
     embedding: int = option(512, "rice", "length of the ICL embedding")
+    text: str = option("both", "rice", "texts that are read: asr (the clip's), title (the image's), both or none")
     losses: str = option("icl,pmd,pfr", "rice", "which losses: icl[,pmd[,pfr]]")
     n_neg: int = option(3, "rice", "negative clips of an image in the PMD")
     negatives: str = option("hard", "rice", "hard: drawn by ICL similarity; rand: drawn evenly")
@@ -106,12 +111,24 @@ PRESETS = {
         "rice": {"steps": 350, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1, "weight_decay": 0.05,
                  "clip_norm": 5.0, "train_frames": 3, "per_live": 24, "width": 128, "layers": 2, "vit_heads": 4, "patch": 0,
                  "size": 64, "embedding": 128}},
+    "small": {
+        "all": {"data": "runs/livestreams-small", "schedule": "cosine", "drop": 0.5, "clip_norm": 1.0, "shortest": "128,160,16",
+                "longest": 320, "backbone": "small", "dim": 192, "heads": 6, "encoder_layers": 2, "decoder_layers": 4, "ffn": 768,
+                "queries": 25, "dense": 1.0, "keep": "15,10,5"},
+        "sd": {"steps": 10000, "batch": 64, "lr": 7e-4, "backbone_lr": 7e-4, "warmup": 300},
+        "md": {"steps": 3000, "batch": 16, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 100},
+        "rice": {"steps": 4000, "batch": 128, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 200, "drop": 0.1, "weight_decay": 0.05,
+                 "clip_norm": 5.0, "train_frames": 4, "per_live": 25, "width": 256, "layers": 4, "vit_heads": 4, "patch": 0,
+                 "size": 96, "embedding": 256}},
 }
+# With --overfit: enough steps at a steady rate for a handful of clips; whatever the preset's model, it has to learn them.
+OVERFIT = {"sd": {"steps": 450, "batch": 16}, "md": {"steps": 150, "batch": 8}, "rice": {"steps": 80, "batch": 8}}
 STAGES = ("sd", "md", "rice")
 CHOICES = {"boxes": ("md", "sd", "true", "none"), "view": ("box", "mask", "frame"), "schedule": ("drop", "cosine"),
-           "precision": ("float32", "bf16"), "negatives": ("hard", "rand"), "losses": ("icl", "icl,pmd", "icl,pmd,pfr"),
+           "precision": ("float32", "bf16"), "negatives": ("hard", "rand"), "text": ("both", "asr", "title", "none"),
+           "losses": ("icl", "icl,pmd", "icl,pmd,pfr"),
            "backbone": ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")}
-FREE = {"workers", "save_every", "log_every", "out", "init"}       # what a resumed run may have otherwise
+FREE = {"workers", "save_every", "log_every", "eval_every", "out", "detectors", "init"}       # what a resumed run may have otherwise
 
 
 def configure(given, stage):
@@ -119,8 +136,10 @@ def configure(given, stage):
     if given.get("preset", "tiny") not in PRESETS:
         raise BadInput(f"--preset {given['preset']}: expected one of {', '.join(PRESETS)}")
     preset = PRESETS[given.get("preset", "tiny")]
-    config = Config(**(preset.get("all", {}) | preset[stage] | given | {"stage": stage}))
-    config.out = config.out or f"runs/{config.preset}"
+    overfit = OVERFIT[stage] if given.get("overfit") else {}
+    config = Config(**(preset.get("all", {}) | preset[stage] | overfit | given | {"stage": stage}))
+    config.out = config.out or ("runs/overfit" if config.overfit else f"runs/{config.preset}")
+    config.detectors = config.detectors or config.out
     for name, allowed in CHOICES.items():
         if getattr(config, name) not in allowed:
             raise BadInput(f"--{name} {getattr(config, name)}: expected one of {' | '.join(allowed)}")
@@ -173,7 +192,8 @@ def prepare(config, device, saved):
 
     saved: the checkpoint of this stage that the run goes on from, or None.
     """
-    lives = data.Lives(config.data, "train")
+    lives, augment = data.Lives(config.data, "train"), not config.overfit
+    lives = lives.few(config.overfit) if config.overfit else lives
     if config.stage == "rice":
         if saved:
             vocabulary = bytes(saved["tokenizer"].tolist())
@@ -189,16 +209,16 @@ def prepare(config, device, saved):
             detector = finished(config, config.boxes)
             kept["base"] = evaluation.fingerprint(detector)
             kept["detector"] = {name: detector[name] for name in ("config", "categories", "model")}
-            found = evaluation.predicted_boxes(detector, lives, config.out, device)
+            found = evaluation.predicted_boxes(detector, lives, config.detectors, device, every_frame=False)
             boxes = evaluation.seen_through(found, config.boxes, len(lives))
         samples = data.PairSet(lives, tokenizer, config.train_frames, config.size, model.visual.grid, config.view, boxes,
-                               True, config.seed)
+                               True, config.seed, config.text, augment)
         return model, kept, samples, data.live_by_live(lives.live[samples.clips], config.per_live), None
     kept = {"categories": lives.categories}
     if config.stage == "md":
         base = finished(config, "sd")
         if base["categories"] != lives.categories:
-            raise BadInput(f"{config.out}/sd.pt knows the categories {str(base['categories'])[:200]}, "
+            raise BadInput(f"{config.detectors}/sd.pt knows the categories {str(base['categories'])[:200]}, "
                            f"{config.data} has {str(lives.categories)[:200]}")
         # MD's detector is the one that SD trained, whatever the flags say.
         for name in ("backbone", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "queries", "dense"):
@@ -210,20 +230,20 @@ def prepare(config, device, saved):
     if config.stage == "md":
         model.sd.load_state_dict(base["model"])
     samples = data.DetectionSet(lives, lives.categories, config.frames if config.stage == "md" else 1, config.shortest,
-                                config.longest, True, config.seed)
+                                config.longest, True, config.seed, augment=augment)
     return model, kept, samples, data.shuffled(len(samples)), data.collate_detection
 
 
 def finished(config, stage):
     """The checkpoint of an earlier stage of this run folder, complete."""
-    checkpoint = evaluation.read_checkpoint(f"{config.out}/{stage}.pt")
+    checkpoint = evaluation.read_checkpoint(f"{config.detectors}/{stage}.pt")
     saved = checkpoint["config"]
     if saved["stage"] != stage:
-        raise BadInput(f"{config.out}/{stage}.pt holds stage {saved['stage']}, not {stage}; "
+        raise BadInput(f"{config.detectors}/{stage}.pt holds stage {saved['stage']}, not {stage}; "
                        f"train it with `python train.py --stage {stage}`")
     if checkpoint["step"] < saved["steps"]:
-        raise BadInput(f"{config.out}/{stage}.pt stands at step {checkpoint['step']} of {saved['steps']}; "
-                       f"finish it with `python train.py --stage {stage} --preset {config.preset} --out {config.out}`")
+        raise BadInput(f"{config.detectors}/{stage}.pt stands at step {checkpoint['step']} of {saved['steps']}; "
+                       f"finish it with `python train.py --stage {stage} --preset {config.preset} --out {config.detectors}`")
     return checkpoint
 
 
@@ -307,7 +327,7 @@ def train(config, rank, world, device):
     torch.manual_seed(config.seed)
     saved = evaluation.read_checkpoint(path) if path.exists() else None
     if saved and saved["step"] == saved["config"]["steps"] and not differences(config, saved["config"]):
-        base = Path(config.out) / ("sd.pt" if config.stage == "md" else f"{config.boxes}.pt")
+        base = Path(config.detectors) / ("sd.pt" if config.stage == "md" else f"{config.boxes}.pt")
         if "base" in saved and base.exists() and evaluation.fingerprint(evaluation.read_checkpoint(base)) != saved["base"]:
             raise BadInput(f"{path} was trained on another {base.name} than the one that is there now; "
                            "remove it, or give --out for a new run")
@@ -333,11 +353,11 @@ def train(config, rank, world, device):
             groups[name.startswith(("backbone.", "visual."))].append(parameter)
     rates = [{"params": groups[True], "peak": config.backbone_lr}, {"params": groups[False], "peak": config.lr}]
     optimizer = torch.optim.AdamW(rates, weight_decay=config.weight_decay, fused=True)
-    start = 0
+    start, kept["best"] = 0, -1.0
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
+        start, kept["best"] = saved["step"], saved.get("best", -1.0)
         if rank == 0 and log.exists():                 # lines that the stopped run wrote after its last checkpoint
             lines = log.read_text().splitlines(True)
             log.write_text("".join(lines[:sum(step_of(line) <= start for line in lines)]))
@@ -363,19 +383,32 @@ def train(config, rank, world, device):
             optimizer.step()
             bar.update(config.batch)
             last = step + 1 == config.steps
-            log_it, save_it = ((step + 1) % every == 0 or last for every in (config.log_every, config.save_every))
+            log_it, save_it, judge_it = (every and ((step + 1) % every == 0 or last)
+                                         for every in (config.log_every, config.save_every, config.eval_every))
             if log_it:
                 line = report(loss, terms, norm, world)
                 bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "norm"})
             if log_it and rank == 0:
-                with open(log, "a") as file:
-                    file.write(json.dumps({"step": step + 1, "lr": config.lr * learning_rate(step, config)} | line) + "\n")
+                write_line(log, {"step": step + 1, "lr": config.lr * learning_rate(step, config)} | line)
+            state = {"config": vars(config), "step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | kept
+            if judge_it:
+                value = evaluation.validate(model, state, config.detectors, device)
+                kept["best"], before = max(kept["best"], *value.values()), kept["best"]
+                if rank == 0:
+                    tqdm.write(f"{config.stage}, step {step + 1} of {config.steps}, {bar.format_dict['elapsed'] / 60:.1f} minutes: val {value}")
+                    write_line(log, {"step": step + 1} | value)
+                    if kept["best"] > before:
+                        save(path.with_name(f"{config.stage}-best.pt"), state | kept)
             if save_it and rank == 0:
-                save(path, {"config": vars(config), "step": step + 1, "model": model.state_dict(),
-                            "optimizer": optimizer.state_dict()} | kept)
+                save(path, state | kept)
     if world > 1:
         dist.barrier()
     return True
+
+
+def write_line(log, line):
+    with open(log, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def step_of(line):
@@ -437,8 +470,8 @@ def run(given):
     if given.get("init") and wanted not in ("sd", "rice"):
         raise BadInput("--init gives one stage its public weights: say which with --stage sd or --stage rice")
     configs = [configure(given, stage) for stage in STAGES if wanted in (stage, "all")]
-    if rank == 0 and configs[0].data == Config.data and not Path(Config.data).exists():
-        data.render(Config.data)
+    if rank == 0 and configs[0].data in data.LIVESTREAMS and not Path(configs[0].data).exists():
+        data.render(configs[0].data, **data.LIVESTREAMS[configs[0].data])
     if world > 1:
         dist.barrier()
     path = Path(configs[0].out) / "results.json"
@@ -450,10 +483,11 @@ def run(given):
         trained = train(config, rank, world, device)
         checkpoint, before = f"{config.out}/{config.stage}.pt", results.get(config.stage, {})
         if trained or before.get("fingerprint") != evaluation.fingerprint(evaluation.read_checkpoint(checkpoint)):
-            results[config.stage], draw = evaluation.evaluate(checkpoint, workers=config.workers)
+            results[config.stage], draw, _ = evaluation.evaluate(checkpoint, workers=config.workers)
             if rank == 0:
+                evaluation.show(results[config.stage])
                 evaluation.write_json(path, results)
-                draw()
+                print(f"\npicture: {draw()}")
         elif rank == 0:
             print(f"{config.stage}: done before ({checkpoint})")
             evaluation.show(before)

@@ -44,7 +44,7 @@ def test_rendered_data_fills_the_layout(tmp_path):
                 assert len(boxes) <= 1 and (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= 48).all()
                 areas += [(b[2] - b[0]) * (b[3] - b[1]) for b in boxes]
             assert lives.read("images", clip.image_ids[0]).shape == (3, 48, 48)
-    assert kinds == {*data.KINDS, "absent"} and min(areas) > 16
+    assert kinds <= {*data.SHOWN, "absent"} and min(areas) > 16
     trained_on = {train.clip(c).image_ids[0] for c in range(len(train))}
     assert all(len(ids) == 20 and not trained_on & set(ids) for ids in test.galleries.values())
     assert all(set(test.positives[v]) <= set(test.galleries[v.rsplit("-", 2)[0]]) for v in test.video_ids)
@@ -54,10 +54,93 @@ def test_rendered_data_fills_the_layout(tmp_path):
 def test_lookalikes_differ_in_one_detail_and_no_two_products_are_the_same():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        product = data._product(rng, list(data.CATEGORIES), None)
+        product = data._product(rng, str(rng.choice(list(data.CATEGORIES))))
         twin = data._lookalike(rng, product)
         assert [k for k in product if product[k] != twin[k]] in (["logo"], ["pattern"])
         assert not np.array_equal(np.asarray(data._sprite(product)), np.asarray(data._sprite(twin)))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Enough small livestreams to count shares and to train a probe on."""
+    root = tmp_path_factory.mktemp("many") / "lives"
+    data.render(root, lives=48, val_lives=0, test_lives=16, products=12, clips=12, gallery=24, frames=4, size=48, processes=2, progress=False)
+    return root
+
+
+def test_each_difficulty_has_its_documented_share(many):
+    lives = data.Lives(many, "test")
+    kinds = [lives.clip(c).kinds for c in range(len(lives))]
+    pairs = np.array(["pair" in k for k in kinds])
+    assert abs(pairs.mean() - data.PAIR) < 0.06 and lives.cases["two in view"] == {lives.video_ids[c] for c in np.flatnonzero(pairs)}
+    assert all(set(k) <= {"pair", "absent"} for k, pair in zip(kinds, pairs) if pair)
+    for crowd, shares in data.KINDS.items():
+        frames = [k for c, ks in enumerate(kinds) if not pairs[c] and lives.video_ids[c] in lives.members["number", crowd] for k in ks]
+        drawn = {k: frames.count(k) / len(frames) for k in shares}
+        # At least one or two frames of a clip show the product held alone, so the others' shares are lower than drawn.
+        assert abs(drawn["lifted"] / drawn["table"] - shares["lifted"] / shares["table"]) < 0.25 and drawn["held"] > shares["held"]
+        assert 0.1 < drawn["held"] and sum(drawn.values()) < 1
+    ambiguous = {crowd: np.mean([k in ("two held", "lifted", "table") for c, ks in enumerate(kinds) if not pairs[c]
+                                 and lives.video_ids[c] in lives.members["number", crowd] for k in ks]) for crowd in data.KINDS}
+    assert ambiguous["few"] < ambiguous["medium"] < ambiguous["abundant"]
+    near = np.mean([video_id in lives.cases["near-identical"] for video_id in lives.video_ids])
+    assert 0.3 < near < 0.75
+    for c in np.flatnonzero(pairs):                                   # what only words can tell, words do tell
+        said, title = lives.clip(int(c)).asr.split(), lives.clip(int(c)).title.split()
+        assert title[1] in data.HUES and any(word in data.CATEGORIES for word in title) and said
+    named = [len(set(lives.clip(int(c)).asr.split()) & set(lives.clip(int(c)).title.split())) >= 2 for c in np.flatnonzero(pairs)]
+    assert np.mean(named) > 0.7
+
+
+def test_decoys_of_the_same_category_on_request(tmp_path):
+    data.render(tmp_path / "same", lives=1, val_lives=0, test_lives=2, products=8, clips=8, gallery=20, frames=4, size=32, decoys="same",
+                processes=1, progress=False)
+    lives = data.Lives(tmp_path / "same", "test")
+    assert not lives.cases["two in view"] and len(lives) == 40
+    by_live = {}
+    for c in range(len(lives)):
+        title = lives.clip(c).title.split()
+        by_live.setdefault(data.live_of(lives.video_ids[c]), []).append(next(w for w in title if w in data.CATEGORIES))
+    assert all(by.count(category) >= 4 for by in by_live.values() for category in by)
+
+
+def probe(train_x, train_y, test_x, test_y):
+    """Balanced accuracy of a ridge regression on one-hot labels."""
+    mean, std = train_x.mean(0), train_x.std(0) + 1e-6
+    a, b = ((np.c_[(x - mean) / std, np.ones(len(x))]) for x in (train_x, test_x))
+    weight = 1 / np.bincount(train_y)[train_y]
+    target = np.eye(train_y.max() + 1)[train_y]
+    solution = np.linalg.solve(a.T @ (a * weight[:, None]) + 0.5 * np.eye(a.shape[1]), a.T @ (target * weight[:, None]))
+    right = (b @ solution).argmax(1) == test_y
+    return np.mean([right[test_y == k].mean() for k in np.unique(test_y)])
+
+
+def test_nothing_but_the_product_tells_its_category(many):
+    """A probe that sees the product is far above chance; with the product cut out, or from names, order and place, it is not."""
+    def views(split):
+        lives, out = data.Lives(many, split), {"product": [], "the rest": [], "name, order and place": [], "category": []}
+        for c in range(len(lives)):
+            clip = lives.clip(c)
+            name = next(word for word in clip.title.split() if word in data.CATEGORIES)
+            for t, boxes in enumerate(clip.boxes):
+                if len(boxes):
+                    x, y = boxes[0, [0, 2]].mean(), boxes[0, [1, 3]].mean()
+                    frame = lives.read("frames", clip.frame_ids[t]).float()
+                    out["product"].append(TF.resize(TF.crop(frame, round(y) - 10, round(x) - 10, 20, 20), (10, 10)).flatten())
+                    # One size for all products and centred on the box: a hole cut along the box would tell its shape.
+                    yy, xx = torch.meshgrid(torch.arange(48), torch.arange(48), indexing="ij")
+                    hole = ((yy - y).abs() < 17) & ((xx - x).abs() < 17)
+                    out["the rest"].append(TF.resize(frame.masked_fill(hole, 0), (16, 16)).flatten())
+                    digits = [int(d, 16) for d in (clip.video_id[:8] + clip.image_ids[0][:4])]
+                    out["name, order and place"].append(torch.tensor([*digits, c % 24, t, len(clip.frame_ids), x, y], dtype=torch.float32))
+                    out["category"].append(data.QUICKSTART.index(name))
+        return {key: np.stack(value) if key != "category" else np.array(value) for key, value in out.items()}
+
+    train, test = views("train"), views("test")
+    reached = {key: probe(train[key], train["category"], test[key], test["category"]) for key in train if key != "category"}
+    chance = 1 / len(data.QUICKSTART)
+    assert reached["product"] > 2 * chance
+    assert abs(reached["the rest"] - chance) < 0.05 and abs(reached["name, order and place"] - chance) < 0.05, reached
 
 
 def test_all_34_categories_can_be_drawn():
