@@ -1,8 +1,12 @@
-"""eval.py's metrics against pycocotools and the public rank-k (golden numbers), and small cases worked by hand."""
+"""eval.py: its metrics against pycocotools and the public rank-k (golden numbers), cases by hand, rows over several seeds."""
 import numpy as np
 import pytest
+import torch
 from conftest import golden
+from torchvision.ops import box_iou
 
+import eval as evaluation
+from data import BadInput
 from eval import average_precision, chance, rank_k
 
 
@@ -74,3 +78,96 @@ def test_rank_k_by_hand():
 def test_chance_by_hand():
     assert chance(10, 1, 1) == pytest.approx(0.1) and chance(10, 3, 5) == pytest.approx(1 - 21 / 252)
     assert chance(10, 0, 5) == 0 and chance(4, 1, 5) == 1
+
+
+def some_frames(rng, clips, per_clip):
+    """One box a frame for `clips` clips, some frames without a true box and some with two: what score_detections makes."""
+    frame_clip = np.repeat(np.arange(clips), per_clip)
+    truth = {"image": [], "category": [], "box_xyxy": []}
+    for f in range(len(frame_clip)):
+        for _ in range(rng.integers(3)):
+            x, y = rng.uniform(0, 50, 2)
+            truth["image"].append(f)
+            truth["category"].append(0)
+            truth["box_xyxy"].append([x, y, x + rng.uniform(10, 40), y + rng.uniform(10, 40)])
+    truth = {key: np.array(value) for key, value in truth.items()}
+    found = {"image": np.arange(len(frame_clip)), "category": np.zeros(len(frame_clip), int), "score": rng.random(len(frame_clip))}
+    found["box_xyxy"] = np.stack([truth["box_xyxy"][truth["image"] == f][0] + rng.normal(0, 4, 4) if (truth["image"] == f).any()
+                                  else np.array([0, 0, 10, 10.]) for f in range(len(frame_clip))])
+    overlap = box_iou(torch.tensor(found["box_xyxy"]), torch.tensor(truth["box_xyxy"])).numpy()
+    hit = np.array([(overlap[f, truth["image"] == f] >= 0.5).any() for f in range(len(frame_clip))])
+    sample = {"clip": frame_clip, "score": found["score"], "hit": hit, "true": np.bincount(frame_clip[truth["image"]], minlength=clips)}
+    return truth, found, sample
+
+
+def test_weighted_ap50_is_average_precision_of_the_clips_drawn():
+    rng = np.random.default_rng(3)
+    truth, found, sample = some_frames(rng, 12, 5)
+    weights = np.stack([np.ones(12, int), rng.integers(0, 3, 12), np.eye(12, dtype=int)[4]])
+    for row, got in zip(weights, evaluation.ap50(sample, weights)):
+        drawn = np.repeat(np.arange(12), row)                       # the same data with each clip as often as it was drawn
+        parts = [(n, np.flatnonzero(sample["clip"] == c)) for n, c in enumerate(drawn)]
+        place = {(n, f): n * 5 + i for n, frames in parts for i, f in enumerate(frames)}
+        again = [(place[n, f], g) for n, frames in parts for f in frames for g in np.flatnonzero(truth["image"] == f)]
+        wanted = average_precision(
+            {"image": [i for i, _ in again], "category": [0] * len(again), "box_xyxy": truth["box_xyxy"][[g for _, g in again]]},
+            {"image": [place[n, f] for n, frames in parts for f in frames], "category": [0] * 5 * len(drawn),
+             "box_xyxy": found["box_xyxy"][[f for _, frames in parts for f in frames]],
+             "score": found["score"][[f for _, frames in parts for f in frames]]})["AP50"]
+        assert got == pytest.approx(100 * wanted, abs=1e-9)
+
+
+def test_intervals_hold_the_difference_and_are_wider_over_lives():
+    rng = np.random.default_rng(0)
+    live = [f"live{n // 40}" for n in range(400)]
+    good_live = rng.random(10)[np.arange(400) // 40]                                      # lives differ, clips of one agree
+    def seeds(share):
+        return [{"live": live, "place": np.where(rng.random(400) < share * good_live, 0, 3)} for _ in range(3)]
+    one, other = seeds(1.0), seeds(0.6)
+    difference = 100 * np.mean([(s["place"] < 1).mean() for s in one]) - 100 * np.mean([(s["place"] < 1).mean() for s in other])
+    clips, lives = (evaluation.interval(one, other, evaluation.r1, by_live) for by_live in (False, True))
+    assert clips[0] < difference < clips[1] and lives[0] < difference < lives[1]
+    assert lives[1] - lives[0] > clips[1] - clips[0] and clips[0] > 0
+    same = evaluation.interval(one, one, lambda s, w: evaluation.r1(one[0], w), True)
+    assert same == [0, 0]                                                                # paired: the same model differs by nothing
+
+
+def test_the_vote_adds_what_the_other_frames_say():
+    logits = torch.randn(2, 3, 5, 4)
+    valid = torch.tensor([[True, True, True], [True, False, False]])
+    voted = evaluation.vote(logits, valid)
+    share = logits.sigmoid().amax(2)
+    share = (share / share.sum(-1, keepdim=True)).log()
+    wanted = logits[0, 1] + evaluation.VOTE * (share[0, 0] + share[0, 2]) / 2
+    torch.testing.assert_close(voted[0, 1], wanted)
+    torch.testing.assert_close(voted[1, 0], logits[1, 0])                                # a frame alone hears nothing
+
+
+def a_run(stage, seed, r1, **changed):
+    """What `evaluate` returns, made by hand: two lives of two clips."""
+    config = {"stage": stage, "seed": seed, "out": f"runs/{seed}", "boxes": "md", "negatives": "hard", "text": "both"} | changed
+    place = np.array([0 if n < 4 * r1 / 100 else 7 for n in range(4)])
+    results = {"md": {"icl": {"R1": r1, "R5": 75.0, "R10": 100.0}}}
+    counts = {"source": "md", "cases": {"near-identical": {"clips": 2, "icl": r1 / 2}}}
+    return {"stage": stage, "config": config, "results": results, "counts": counts}, None, {
+        "live": ["a", "a", "b", "b"], "methods": {"icl": {"place": place}}}
+
+
+def test_several_seeds_make_one_row_and_rows_are_named_by_what_differs(capsys):
+    runs = [a_run("rice", 0, 25.0, negatives="rand"), a_run("rice", 1, 50.0, negatives="rand"),
+            a_run("rice", 0, 75.0), a_run("rice", 1, 100.0)]
+    value = evaluation.compare(runs)
+    said = capsys.readouterr().out
+    assert [row["name"] for row in value["rows"]] == ["negatives=rand, ICL", "negatives=hard, ICL"]
+    assert value["rows"][0]["mean"]["R1"] == 37.5 and value["rows"][0]["std"]["R1"] == pytest.approx(np.std([25, 50], ddof=1))
+    assert value["rows"][1]["seeds"] == [0, 1] and value["rows"][1]["mean"]["R1 near-identical"] == 43.75
+    (difference,) = value["differences"]
+    assert difference["mean"]["R1"] == 50 and difference["paper"][0] == pytest.approx(1.8)
+    assert "37.5 ±17.7" in said and "*87.5 ±17.7" in said and "the paper's" in said
+    evaluation.compare(runs, markdown=True)
+    said = capsys.readouterr().out
+    assert "| **87.5 ±17.7** |" in said and "| -----" in said
+    with pytest.raises(BadInput, match="same clips"):
+        evaluation.compare([runs[0], (*runs[1][:2], {"live": ["a"], "methods": runs[1][2]["methods"]})])
+    with pytest.raises(BadInput, match="different tables"):
+        evaluation.compare([runs[0], a_run("md", 0, 50.0)])
