@@ -625,22 +625,23 @@ class ShardSampler:
 # staged in one of six kinds. In "two held", "lifted" (another product in the hand, the intended one on the table) and
 # "table" frames one picture cannot tell which product is meant; the other products change from frame to frame and the
 # intended one stays, so time tells. In a "pair" clip the same two products are held all the time: only the words can tell.
-# Decoys are drawn from all products of the live, those of the intended product's own category included, at their natural
-# rate. Everything that tells the intended product from a decoy (side, size, order of drawing) is drawn from one law for
+# Decoys are drawn from all products of the live, those of the intended product's own category included; in SIMILAR clips
+# from those alone, so that a vote on the category tells nothing. Everything that tells the intended product from a decoy (side, size, order of drawing) is drawn from one law for
 # both, so that nothing but time and words gives it away.
 
 KINDS = {           # share of the frames that show the product, by the number of products in the live's picture
-    "few": {"held": 0.46, "two held": 0.18, "lifted": 0.04, "table": 0.14, "occluded": 0.18},
-    "medium": {"held": 0.36, "two held": 0.24, "lifted": 0.08, "table": 0.18, "occluded": 0.14},
-    "abundant": {"held": 0.26, "two held": 0.30, "lifted": 0.12, "table": 0.22, "occluded": 0.10}}
+    "few": {"held": 0.40, "two held": 0.22, "lifted": 0.06, "table": 0.16, "occluded": 0.16},
+    "medium": {"held": 0.31, "two held": 0.27, "lifted": 0.10, "table": 0.20, "occluded": 0.12},
+    "abundant": {"held": 0.22, "two held": 0.32, "lifted": 0.14, "table": 0.24, "occluded": 0.08}}
 SHOWN = (*KINDS["few"], "pair")
 ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}     # frames of 8 that do not show it, handed out of sight -> share of clips
 CLEAR = {"short": 1, "medium": 2, "long": 2}       # frames at least in which it is held alone, by visible duration
 INSTEAD = 0.4         # share of the frames without it in which another product is lifted
+SIMILAR = 0.25        # share of clips whose decoys are all of the product's own category: similar things shown together
 PAIR = 0.15           # share of clips with two products in view all the time; their ASR names category and colour
 SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}     # of the frame's side; a third of clips each
 SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                      # products behind; a third of clips each
-LOOKALIKE = 0.4       # share of products that copy another of their live but for one detail (logo, or pattern)
+LOOKALIKE = 0.3       # share of products that copy another of their live but for one detail (logo, or pattern)
 BLUR = 0.15           # share of frames with motion blur
 WRONG_WORDS = 0.10    # share of ASR words misheard (the paper measured 90.16 % right)
 QUICKSTART = ("trousers", "hat", "sneaker", "handbag", "suitcase", "bottle", "umbrella", "plate")
@@ -908,9 +909,11 @@ def _render_live(job):
     for product in chosen:
         product = int(product)
         name = products[product]["category"]
-        others = [o for o in range(count) if o != product and (options["decoys"] == "natural" or products[o]["category"] == name)]
-        unlike = [o for o in others if products[o]["category"] != name]
-        pair = bool(unlike) and rng.random() < PAIR
+        others = [o for o in range(count) if o != product]
+        alike, unlike = ([o for o in others if (products[o]["category"] == name) == same] for same in (True, False))
+        pair = options["decoys"] == "natural" and bool(unlike) and rng.random() < PAIR
+        if options["decoys"] == "same" or len(alike) >= 3 and not pair and rng.random() < SIMILAR:
+            others = alike
         companion = int(rng.choice(unlike)) if pair else None
         scale, crowd = str(rng.choice(list(SIZES))), str(rng.choice(list(SHELF)))
         low, high = SHELF[crowd]

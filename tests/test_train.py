@@ -46,6 +46,12 @@ def torchrun(*command, processes=2):
                            *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
 
+def flags_of(flags):
+    """The flags of a command as `configure` takes them."""
+    types = {train.flag(item.name): (item.name, type(item.default)) for item in dataclasses.fields(train.Config)}
+    return {types[name][0]: types[name][1](value) for name, value in zip(flags[::2], flags[1::2])}
+
+
 def log_of(out, stage):
     return [json.loads(line) for line in (out / f"{stage}.jsonl").read_text().splitlines()]
 
@@ -53,7 +59,7 @@ def log_of(out, stage):
 def test_a_run_leaves_everything_behind(run_one):
     results = json.loads((run_one / "results.json").read_text())
     assert set(results) == {"sd", "md", "rice"}
-    assert set(results["md"]["results"]) == {"sd", "md1", "md"} and set(results["rice"]["results"]) == {"true", "md", "sd", "none"}
+    assert set(results["md"]["results"]) == {"sd", "vote", "md1", "md"} and set(results["rice"]["results"]) == {"true", "md", "sd", "none"}
     assert set(results["md"]["results"]["md"]["class-agnostic"]) == set(evaluation.COLUMNS_1)
     assert results["md"]["counts"] == {"clips": 8, "frames": 32, "boxes": results["sd"]["counts"]["boxes"]}
     assert set(results["rice"]["results"]["md"]["fused"]) == {"R1", "R5", "R10"} and results["rice"]["counts"]["gallery"] == 4
@@ -122,6 +128,61 @@ def test_rice_trains_and_ranks_in_every_view(run_one, livestreams, tmp_path, fla
     train.main(["--stage", "rice", "--data", str(livestreams), "--out", str(tmp_path), *SMALL, *flags])
     result = json.loads((tmp_path / "results.json").read_text())["rice"]
     assert 0 <= result["results"]["none" if "frame" in flags else "true"]["icl"]["R1"] <= 100 and (tmp_path / "ranking.png").exists()
+
+
+def test_eight_clips_are_learnt_by_heart(tmp_path_factory):
+    """--overfit: the first thing to try when a model does not learn; each stage in under two minutes on two cores."""
+    root, out = tmp_path_factory.mktemp("overfit") / "lives", tmp_path_factory.mktemp("overfitted")
+    data.render(root, lives=2, val_lives=0, test_lives=0, products=8, clips=8, frames=8, processes=2, progress=False)
+    train.main(["--overfit", "8", "--data", str(root), "--out", str(out)])
+    results = json.loads((out / "results.json").read_text())
+    assert all(results[stage]["counts"]["clips"] == 8 and results[stage]["split"] == "train" for stage in train.STAGES)
+    assert results["sd"]["results"]["sd"]["class-agnostic"]["AP50"] >= 95
+    assert results["md"]["results"]["md"]["class-agnostic"]["AP50"] >= 95
+    assert results["rice"]["results"]["md"]["icl"]["R1"] == 100
+    log = log_of(out, "sd")
+    train.main(["--overfit", "8", "--data", str(root), "--out", str(out)])                # the same clips: done before
+    assert log_of(out, "sd") == log
+
+
+def test_val_is_watched_and_the_best_is_kept(run_one, livestreams, tmp_path, capsys):
+    for stage, name in (("sd", "AP50"), ("rice", "R1")):
+        flags = ["--stage", stage, "--data", str(livestreams), "--out", str(tmp_path), "--detectors", str(run_one), "--eval-every", "2"]
+        train.main([*flags, *SMALL, "--steps", "4"])
+        watched = {line["step"]: line[name] for line in log_of(tmp_path, stage) if name in line}
+        best, last = (evaluation.read_checkpoint(tmp_path / f"{stage}{end}.pt") for end in ("-best", ""))
+        assert set(watched) == {2, 4} and watched[best["step"]] == max(watched.values()) == best["best"] == last["best"]
+        evaluation.main(["--ckpt", str(tmp_path / f"{stage}-best.pt"), "--split", "val", "--json", str(tmp_path / "j.json")])
+        results = json.loads((tmp_path / "j.json").read_text())["results"]
+        value = results["sd"]["class-agnostic"]["AP50"] if stage == "sd" else results["md"]["icl"]["R1"]
+        assert value == pytest.approx(best["best"], abs=1e-6)
+
+
+@pytest.mark.parametrize("text, read", [("none", set()), ("asr", {"asr"}), ("title", {"title"}), ("both", {"asr", "title"})])
+def test_only_the_texts_asked_for_are_read(run_one, livestreams, text, read):
+    config = train.configure({"data": str(livestreams), "out": str(run_one), "text": text} | flags_of(SMALL), "rice")
+    *_, samples, _, _ = train.prepare(config, torch.device("cpu"), None)
+    item = samples[(0, 0)]
+    assert {name for name in ("asr", "title") if (item[name] > 1).any()} == read
+    shop = data.ImageSet(data.Lives(livestreams, "test"), samples.tokenizer, 48, list(data.Lives(livestreams, "test").titles), text)
+    assert bool((shop[(0, 0)]["title"] > 1).any()) == ("title" in read)
+
+
+def test_several_checkpoints_make_one_table(run_one, livestreams, tmp_path, capsys):
+    for seed in (1, 2):
+        train.main(["--stage", "rice", "--data", str(livestreams), "--out", str(tmp_path / str(seed)), "--detectors", str(run_one),
+                    "--negatives", "rand", "--seed", str(seed), *SMALL])
+    capsys.readouterr()
+    evaluation.main(["--ckpt", str(tmp_path / "?" / "rice.pt"), str(run_one / "rice.pt"), "--json", str(tmp_path / "j.json")])
+    said, result = capsys.readouterr().out, json.loads((tmp_path / "j.json").read_text())
+    assert [row["name"] for row in result["rows"]] == [f"negatives={n}, {score}" for n in ("rand", "hard") for score in ("ICL", "PMD", "ICL + PMD")]
+    assert result["rows"][0]["seeds"] == [1, 2] and len(result["runs"]) == 3 and "the paper's" in said
+    evaluation.main(["--ckpt", str(run_one / "md.pt"), str(run_one / "md.pt"), str(run_one / "sd.pt"), "--markdown", "--json", str(tmp_path / "j.json")])
+    said, result = capsys.readouterr().out, json.loads((tmp_path / "j.json").read_text())
+    assert [d["name"] for d in result["differences"]] == ["MD - SD", "MD - SD + vote", "MD - MD, T = 1"]
+    one = result["runs"][0]["results"]
+    assert result["differences"][0]["mean"]["AP50"] == pytest.approx(one["md"]["class-agnostic"]["AP50"] - one["sd"]["class-agnostic"]["AP50"])
+    assert result["differences"][0]["paper"][1] == pytest.approx(0.5) and "| MD - SD " in said
 
 
 def test_eval_names_what_is_missing_and_counts_it_as_a_miss(run_one, livestreams, tmp_path, capsys):
