@@ -24,6 +24,7 @@ Letters: B batch, T frames, M boxes of a frame, H W pixels, S side of a square v
 """
 import argparse
 import ast
+import hashlib
 import io
 import json
 import math
@@ -32,6 +33,7 @@ import os
 import shutil
 import sys
 import warnings
+import zipfile
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,10 +129,65 @@ def _boxes(entry, category, where):
     return np.asarray(out, np.float64).reshape(-1, 5)
 
 
+ROW = np.dtype([("offset", "i8"), ("product", "i8"), ("live", "i8"), ("length", "i4"), ("annotated", "?")])   # 29 bytes a clip
+
+
+def _index(path):
+    """One pass over a training file -> what is known of each row [rows] of ROW without parsing it, and {category id: name}.
+
+    Kept in a file beside it (when the folder can be written to) and made again when the training file's size or time changes.
+    """
+    stamp = [path.stat().st_size, path.stat().st_mtime_ns]
+    kept = path.with_name(f".{path.name}.index.npz")
+    try:
+        with np.load(kept) as saved:
+            if saved["stamp"].tolist() == stamp and saved["rows"].dtype == ROW:
+                return saved["rows"], {int(raw): str(name) for raw, name in zip(saved["ids"], saved["names"])}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass                                                     # none, or a torn one: it is made again
+    columns_of = {name: array(code) for name, code in zip(ROW.names, "qqqib")}
+    categories, offset = {}, 0
+    with open(path, "rb") as file, tqdm(total=stamp[0], unit="B", unit_scale=True, desc=f"index {path.name}", delay=2, leave=False) as bar:
+        for row, line in enumerate(file, 1):
+            columns = line.rstrip(b"\r\n").split(b"\t")
+            if len(columns) != 11:
+                raise BadInput(f"{path}:{row}: expected 11 columns by tab, found {len(columns)}")
+            columns_of["offset"].append(offset)
+            columns_of["product"].append(_number(columns[3].strip()))
+            columns_of["live"].append(_number(columns[0].rsplit(b"-", 2)[0]))
+            columns_of["length"].append(columns[1].count(b",") + (columns[1].strip(b" []") != b""))
+            # A box list of [] was never annotated: no detector may learn from it that nothing is there.
+            columns_of["annotated"].append(len(columns[2]) > 8 or columns[2].translate(None, b" ") not in (b"", b"[]"))
+            offset += len(line)
+            raw = columns[5].strip()
+            if raw and not raw.isdigit():
+                raise BadInput(f"{path}:{row}: category id: expected a whole number, found {columns[5][:40]!r}")
+            if raw and int(raw) not in categories:
+                categories[int(raw)] = columns[6].decode(errors="replace")
+            if row % 1000 == 0:
+                bar.update(offset - bar.n)
+    rows = np.empty(len(columns_of["offset"]), ROW)
+    for name, column in columns_of.items():
+        rows[name] = column
+    try:
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        with open(part, "wb") as file:
+            np.savez(file, stamp=stamp, rows=rows, ids=list(categories), names=np.array(list(categories.values()), str))
+        os.replace(part, kept)
+    except OSError:
+        pass                                                     # a folder that is not ours to write to
+    return rows, categories
+
+
+def _number(name):
+    """A number from 0 that stands for an id, -1 for none; two ids share one once in 2 ** 63."""
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1 if name else -1
+
+
 class Lives:
     """One split ("train", "val" or "test") of a data folder in the LPR4M layout; `clip(i)` parses clip i on demand.
 
-    A training file is kept as one array of byte offsets; nothing grows with the number of frames.
+    A training file is kept as an array of byte offsets (29 bytes a clip in all); nothing grows with the number of frames.
     lengths [clips]: frames of each; frame_counts [clips]: the annotated ones. Of the training rows also: product [clips]
     and live [clips], image ids (-1: none) and live ids as numbers, and categories {raw id: name} in order of id; a
     detector's class k is the k-th. A test clip is any that has an ASR row, a true image or a true box; none is left out.
@@ -152,28 +209,12 @@ class Lives:
         self.files = sorted((self.root / "annotations").glob("training_videoinfo_*.txt"))
         if not self.files:
             raise BadInput(f"{self.root}/annotations: no training_videoinfo_*.txt; expected at least one part")
-        places, self.categories, images, lives = array("q"), {}, {}, {}
-        for number, path in enumerate(self.files):
-            offset = 0
-            with open(path, "rb") as file:
-                for row, line in enumerate(file, 1):
-                    columns = line.rstrip(b"\r\n").split(b"\t")
-                    if len(columns) != 11:
-                        raise BadInput(f"{path}:{row}: expected 11 columns by tab, found {len(columns)}")
-                    length = columns[1].count(b",") + (columns[1].strip(b" []") != b"")
-                    # A box list of [] was never annotated: no detector may learn from it that nothing is there.
-                    annotated = columns[2].translate(None, b" ") not in (b"", b"[]")
-                    image = images.setdefault(columns[3].strip(), len(images)) if columns[3].strip() else -1
-                    live = lives.setdefault(columns[0].rsplit(b"-", 2)[0], len(lives))
-                    places.extend((number, row, offset, length, length * annotated, image, live))
-                    offset += len(line)
-                    if columns[5].strip():
-                        if not columns[5].strip().isdigit():
-                            raise BadInput(f"{path}:{row}: category id: expected a whole number, found {columns[5][:40]!r}")
-                        self.categories[int(columns[5])] = columns[6].decode(errors="replace")
-        table = np.frombuffer(places, np.int64).reshape(-1, 7)
-        self.places, self.lengths, self.frame_counts, self.product, self.live = table[:, :3], *table[:, 3:].T
-        self.categories = dict(sorted(self.categories.items()))
+        parts = [_index(path) for path in self.files]
+        self.ends = np.cumsum([len(rows) for rows, _ in parts])
+        table = np.concatenate([rows for rows, _ in parts]) if len(parts) > 1 else parts[0][0]
+        self.offsets, self.lengths, self.product, self.live = (table[name] for name in ("offset", "length", "product", "live"))
+        self.frame_counts = self.lengths * table["annotated"]
+        self.categories = dict(sorted({raw: name for _, categories in parts for raw, name in categories.items()}.items()))
 
     def _file(self, name):
         """The one file of this split whose name fits, and its text; (None, "") when there is none."""
@@ -258,10 +299,10 @@ class Lives:
             boxes = [_boxes(self.truth[f], -1, f"{self.root}: true boxes of {f}") for f in frame_ids] if self.truth else None
             return Clip(video_id, frame_ids, boxes, images, self.titles.get(images[0], "") if images else "",
                         self.asr.get(video_id, ""), [str(self.kinds.get(f, "")) for f in frame_ids] if self.kinds else None)
-        number, row, offset = self.places[i]
-        where = f"{self.files[number]}:{row}"
+        number = int(np.searchsorted(self.ends, i, side="right"))
+        where = f"{self.files[number]}:{i + 1 - (self.ends[number - 1] if number else 0)}"
         with open(self.files[number], "rb") as file:
-            file.seek(offset)
+            file.seek(self.offsets[i])
             try:
                 columns = file.readline().decode("utf-8").rstrip("\r\n").split("\t")
             except UnicodeDecodeError:

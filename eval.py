@@ -316,7 +316,7 @@ def vote(logits, valid):
 
 def predicted_boxes(checkpoint, lives, folder, device, every_frame=True):
     """`predict` with a detector's checkpoint, kept in one file and used again while detector and data are the same."""
-    notes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted((lives.root / "annotations").iterdir())]
+    notes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted((lives.root / "annotations").glob("[!.]*"))]
     sizes = [checkpoint["config"][name] for name in ("frames", "shortest", "longest")]
     mark = hashlib.sha256(f"{fingerprint(checkpoint)} {lives.root.resolve()} {notes} {sizes} {len(lives)} {every_frame} {VOTE}".encode()).hexdigest()[:12]
     path = Path(folder) / f"boxes-{lives.split}-{mark}.npz"
@@ -345,7 +345,7 @@ def seen_through(rows, name, clips):
 PAPER_1 = {"SD": (36.6, 46.6, 39.6, 27.5, 44.8, 69.0, 23.6, 45.8, 65.4, 20.7, 21.1, 39.8),
            "MD": (37.0, 47.1, 40.2, 27.7, 45.1, 72.7, 24.8, 47.5, 65.7, 25.1, 21.2, 40.3)}
 COLUMNS_1 = ("AP", "AP50", "AP75", *(f"{value} {name}" for name, values in data.SPLITS.items() for value in values))
-LABELS = {"sd": "SD", "vote": "SD + vote", "md1": "MD, T = 1", "md": "MD"}
+LABELS = {"sd": "SD", "vote": "SD, vote", "md1": "MD, T = 1", "md": "MD"}
 VOTE = 2.0            # weight of the vote: the best of 0.5, 1, 2, 4, 8 on validation lives of the quickstart
 
 

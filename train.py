@@ -107,7 +107,7 @@ PRESETS = {
                 "schedule": "cosine", "drop": 0.5, "clip_norm": 1.0, "backbone": "small", "dim": 128, "heads": 4,
                 "encoder_layers": 1, "decoder_layers": 3, "ffn": 256, "queries": 16, "dense": 1.0, "keep": "12,8,4"},
         "sd": {"steps": 800, "batch": 32, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 50},
-        "md": {"steps": 220, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
+        "md": {"steps": 440, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
         "rice": {"steps": 350, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1, "weight_decay": 0.05,
                  "clip_norm": 5.0, "train_frames": 3, "per_live": 24, "width": 128, "layers": 2, "vit_heads": 4, "patch": 0,
                  "size": 64, "embedding": 128}},
@@ -473,6 +473,8 @@ def run(given):
     if rank == 0 and configs[0].data in data.LIVESTREAMS and not Path(configs[0].data).exists():
         data.render(configs[0].data, **data.LIVESTREAMS[configs[0].data])
     if world > 1:
+        if rank == 0:
+            data.Lives(configs[0].data, "train")                       # one process makes the index, the others find it
         dist.barrier()
     path = Path(configs[0].out) / "results.json"
     try:

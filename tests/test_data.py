@@ -13,7 +13,7 @@ from data import BadInput
 
 
 def digest(root):
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("[!.]*")) if p.is_file()}
 
 
 def test_rendering_is_deterministic(tmp_path, livestreams):

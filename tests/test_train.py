@@ -179,7 +179,7 @@ def test_several_checkpoints_make_one_table(run_one, livestreams, tmp_path, caps
     assert result["rows"][0]["seeds"] == [1, 2] and len(result["runs"]) == 3 and "the paper's" in said
     evaluation.main(["--ckpt", str(run_one / "md.pt"), str(run_one / "md.pt"), str(run_one / "sd.pt"), "--markdown", "--json", str(tmp_path / "j.json")])
     said, result = capsys.readouterr().out, json.loads((tmp_path / "j.json").read_text())
-    assert [d["name"] for d in result["differences"]] == ["MD - SD", "MD - SD + vote", "MD - MD, T = 1"]
+    assert [d["name"] for d in result["differences"]] == ["MD - SD", "MD - SD, vote", "MD - MD, T = 1"]
     one = result["runs"][0]["results"]
     assert result["differences"][0]["mean"]["AP50"] == pytest.approx(one["md"]["class-agnostic"]["AP50"] - one["sd"]["class-agnostic"]["AP50"])
     assert result["differences"][0]["paper"][1] == pytest.approx(0.5) and "| MD - SD " in said
