@@ -320,16 +320,43 @@ class Lives:
         images = [_safe_id(columns[3], f"{where}: image_id")] if columns[3].strip() else []
         return Clip(columns[0], frame_ids, boxes, images, columns[4].strip(), columns[7].strip())
 
+    def clip_or_none(self, i):
+        """Clip i of a training split, None where its row is broken; who trains on it skips it and counts it."""
+        try:
+            return self.clip(i)
+        except BadInput:
+            return None
+
     def read(self, folder, name):
         """The picture `name` of frames/ or images/ as uint8 [3,H,W]; BadInput when it is missing or broken."""
+        path = self._path(folder, name)
+        try:
+            image = torchvision.io.decode_image(torchvision.io.read_file(path), torchvision.io.ImageReadMode.RGB)
+        except RuntimeError:
+            raise BadInput(f"{path}: not a readable JPEG or PNG") from None
+        return TF.to_dtype(image, torch.uint8, scale=True)                      # a PNG may hold 16 bits
+
+    def frame(self, name):
+        """Frame `name` uint8 [3,H,W], and the (width, height) that its boxes are given in: another one than the picture's
+        when it was stored smaller and its side file NAME.json (img2dataset's) tells original_width and original_height."""
+        image = self.read("frames", name)
+        try:
+            with open(f"{self._path('frames', name)[:-4]}.json", encoding="utf-8") as file:
+                side = json.load(file)
+            size = int(side["original_width"]), int(side["original_height"])
+        except FileNotFoundError:
+            return image, (image.shape[2], image.shape[1])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            size = 0, 0
+        if min(size) < 1:
+            raise BadInput(f"{self.root}/frames/{name}.json: expected an object with original_width and original_height")
+        return image, size
+
+    def _path(self, folder, name):
         base = self.root / folder
         for path in (f"{base}/{shard}{name}.{ending}" for shard in ("", f"{name[:2]}/") for ending in ("jpg", "png")):
             if os.path.exists(path):
-                try:
-                    image = torchvision.io.decode_image(torchvision.io.read_file(path), torchvision.io.ImageReadMode.RGB)
-                except RuntimeError:
-                    raise BadInput(f"{path}: not a readable JPEG or PNG") from None
-                return TF.to_dtype(image, torch.uint8, scale=True)              # a PNG may hold 16 bits
+                return path
         raise BadInput(f"{base}/{name}.jpg: missing (nor .png, nor under {name[:2]}/)")
 
 
@@ -380,9 +407,10 @@ class DetectionSet(Dataset):
     categories: raw category id -> class. shortest: (lowest, highest, step) of the shortest side, drawn per item in
     training (supplement, section 2.2), the highest in evaluation; longest: limit of the longest side, in pixels.
     An item is asked for by (epoch, i): its augmentation is a function of (seed, epoch, i) alone. It holds
-        frames  T x uint8 [3,h,w]     boxes_cxcywh  T x [M,4], 0..1     labels  T x [M]     size  T x (w, h) on disk
-        clip  its number in the split     position  T x int, place of the frame in the clip
-    (boxes and labels in training only: an evaluation that looked at them would be none).
+        frames  T x uint8 [3,h,w]     boxes_cxcywh  T x [M,4], 0..1     labels  T x [M]     size  T x (w, h) of the boxes
+        clip  its number in the split     position  T x int, place of the frame in the clip     bad  what could not be read
+    (boxes and labels in training only: an evaluation that looked at them would be none). A training item of which
+    anything cannot be read has no frames at all; in evaluation the frame that cannot be read is None.
     In evaluation a clip of more than `frames` frames makes several items that interleave, so each spans the clip.
     augment=False: training pictures as in evaluation.
     """
@@ -412,20 +440,32 @@ class DetectionSet(Dataset):
         return c, clip, places[part::parts] if parts > 1 else even_frames(len(places), self.frames)
 
     def __getitem__(self, key):
-        epoch, i = key
+        try:
+            return self._item(*key)
+        except BadInput as error:
+            if self.lives.split != "train":
+                raise
+            return {"frames": [], "clip": int(np.searchsorted(self.ends, key[1], side="right")), "bad": str(error)}
+
+    def _item(self, epoch, i):
         c, clip, positions = self._find(i)
         rng = np.random.default_rng((self.seed, epoch, i))
         low, high, step = self.shortest
         side = low + step * int(rng.integers((high - low) // step + 1)) if self.augment else high
         flip = self.augment and rng.random() < 0.5
-        item = {"frames": [], "boxes_cxcywh": [], "labels": [], "size": [], "clip": c, "position": positions}
+        item = {"frames": [], "boxes_cxcywh": [], "labels": [], "size": [], "clip": c, "position": positions, "bad": ""}
         for t in positions:
-            image = self.lives.read("frames", clip.frame_ids[t])                      # [3,h,w]
-            height, width = image.shape[1:]
-            scale = min(side / min(height, width), self.longest / max(height, width))
-            new = max(1, round(height * scale)), max(1, round(width * scale))
-            image = TF.resize(image, new, antialias=True) if new != (height, width) else image
+            try:
+                image, (width, height) = self.lives.frame(clip.frame_ids[t])          # [3,h,w]
+            except BadInput as error:
+                if self.train:
+                    raise
+                image, (width, height), item["bad"] = None, (1, 1), str(error)
             boxes, labels = self._targets(clip.boxes[t] if self.train else np.zeros((0, 5)), width, height)
+            if image is not None:
+                scale = min(side / min(image.shape[1:]), self.longest / max(image.shape[1:]))
+                new = [max(1, round(pixels * scale)) for pixels in image.shape[1:]]
+                image = TF.resize(image, new, antialias=True) if new != list(image.shape[1:]) else image
             if flip:
                 image = image.flip(2)
                 boxes[:, 0] = 1 - boxes[:, 0]
@@ -450,18 +490,24 @@ class DetectionSet(Dataset):
 
 
 def collate_detection(items, multiple=16):
-    """Items -> frames uint8 [B,T,3,H,W], padding [B,T,H,W] (True = padded), valid [B,T] (False = no such frame),
-    boxes_cxcywh [B,T,M,4], labels [B,T,M] (-1: no box), size [B,T,2] (w, h on disk), clip [B], position [B,T] (-1)."""
-    T = max(len(item["frames"]) for item in items)
-    M = max([1] + [len(labels) for item in items for labels in item["labels"]])
-    H, W = (multiple * math.ceil(max(f.shape[d] for item in items for f in item["frames"]) / multiple) for d in (1, 2))
+    """Items -> frames uint8 [B,T,3,H,W], padding [B,T,H,W] (True = padded), valid [B,T] (False = no such frame, or it
+    cannot be read), boxes_cxcywh [B,T,M,4], labels [B,T,M] (-1: no box), size [B,T,2] (w, h of the boxes), clip [B],
+    position [B,T] (-1: no such frame), bad: list [B] of what could not be read ("": nothing)."""
+    T = max([1] + [len(item["frames"]) for item in items])
+    M = max([1] + [len(labels) for item in items for labels in item.get("labels", ())])
+    there = [f for item in items for f in item["frames"] if f is not None]
+    H, W = (multiple * math.ceil(max([1] + [f.shape[d] for f in there]) / multiple) for d in (1, 2))
     B = len(items)
     batch = {"frames": torch.zeros(B, T, 3, H, W, dtype=torch.uint8), "padding": torch.ones(B, T, H, W, dtype=torch.bool),
              "valid": torch.zeros(B, T, dtype=torch.bool), "boxes_cxcywh": torch.zeros(B, T, M, 4),
              "labels": torch.full((B, T, M), -1), "size": torch.ones(B, T, 2),
-             "clip": torch.tensor([item["clip"] for item in items]), "position": torch.full((B, T), -1)}
+             "clip": torch.tensor([item["clip"] for item in items]), "position": torch.full((B, T), -1),
+             "bad": [item["bad"] for item in items]}
     for b, item in enumerate(items):
         for t, image in enumerate(item["frames"]):
+            batch["position"][b, t] = item["position"][t]
+            if image is None:
+                continue
             batch["frames"][b, t, :, :image.shape[1], :image.shape[2]] = image
             batch["padding"][b, t, :image.shape[1], :image.shape[2]] = False
             batch["valid"][b, t] = True
@@ -469,7 +515,6 @@ def collate_detection(items, multiple=16):
             batch["boxes_cxcywh"][b, t, :n] = item["boxes_cxcywh"][t]
             batch["labels"][b, t, :n] = item["labels"][t]
             batch["size"][b, t] = torch.tensor(item["size"][t])
-            batch["position"][b, t] = item["position"][t]
     return batch
 
 
@@ -488,7 +533,8 @@ def true_boxes(lives):
     without one are left out, so that a clip is seen through the frames that show its product."""
     start, position, boxes = [0], [], []
     for c in range(len(lives)):
-        for t, rows in enumerate(lives.clip(c).boxes or []):
+        clip = lives.clip(c) if lives.split != "train" else lives.clip_or_none(c)
+        for t, rows in enumerate(clip.boxes or [] if clip else []):
             if len(rows):
                 position.append(t)
                 boxes.append([*rows[0, :4], 1.0, rows[0, 4]])
@@ -513,7 +559,9 @@ class PairSet(Dataset):
     rest is empty). augment=False: training pictures as in evaluation. Training draws `frames` of the clip's frames,
     evaluation takes `frames` at even intervals. An item is asked for by (epoch, i) and holds
         frames uint8 [T,3,S,S]   keep [T,P] bool   valid [T]  False where a short clip is filled up   asr [N]   title [N]
-        clip  its number in the split     and in training: image uint8 [3,S,S]   product  the image's id as a number
+        clip  its number in the split     bad  what could not be read     and in training:
+        image uint8 [3,S,S]   product  the image's id as a number
+    A training item of which anything cannot be read is empty and its product -1; in evaluation the frame is left out.
     """
 
     def __init__(self, lives, tokenizer, frames, size, grid, view, boxes, train, seed=0, text="both", augment=True):
@@ -529,7 +577,24 @@ class PairSet(Dataset):
         return len(self.clips)
 
     def __getitem__(self, key):
-        epoch, i = key
+        try:
+            return self._item(*key)
+        except BadInput as error:
+            if self.lives.split != "train":
+                raise
+            item = self._filled([], [], int(self.clips[key[1]]), "", "", str(error))
+            return item | {"image": torch.zeros(3, self.size, self.size, dtype=torch.uint8), "product": -1}
+
+    def _filled(self, views, keep, c, asr, title, bad):
+        """An item of `frames` views, filled up where there are fewer."""
+        missing = self.frames - len(views)
+        return {"frames": torch.stack(views + [torch.zeros(3, self.size, self.size, dtype=torch.uint8)] * missing),
+                "keep": torch.stack(keep + [torch.ones(self.grid ** 2, dtype=torch.bool)] * missing),
+                "valid": torch.arange(self.frames) < len(views), "clip": c, "bad": bad,
+                "asr": self.tokenizer(asr if self.text in ("asr", "both") else ""),
+                "title": self.tokenizer(title if self.text in ("title", "both") else "")}
+
+    def _item(self, epoch, i):
         c = int(self.clips[i])
         clip = self.lives.clip(c)
         rng = np.random.default_rng((self.seed, epoch, i))
@@ -539,19 +604,21 @@ class PairSet(Dataset):
             chosen = sorted(rng.choice(len(positions), self.frames, replace=False))
         else:
             chosen = even_frames(len(positions), self.frames)
-        views, keep = [], []
+        views, keep, bad = [], [], ""
         for j in chosen:
-            image = self.lives.read("frames", clip.frame_ids[positions[j]])
-            box = self.boxes["box"][rows[j], :4] if len(rows) else (0, 0, image.shape[2], image.shape[1])
+            try:
+                image, size = self.lives.frame(clip.frame_ids[positions[j]])
+            except BadInput as error:
+                if self.train:
+                    raise
+                bad = str(error)
+                continue
+            stretch = np.tile(np.array(image.shape[:0:-1]) / size, 2)                # from the boxes' pixels to the picture's
+            box = self.boxes["box"][rows[j], :4] * stretch if len(rows) else (0, 0, image.shape[2], image.shape[1])
             view, kept = self._view(image, box, rng)
             views.append(self._augment(view, rng))
             keep.append(kept)
-        missing = self.frames - len(views)
-        item = {"frames": torch.stack(views + [torch.zeros(3, self.size, self.size, dtype=torch.uint8)] * missing),
-                "keep": torch.stack(keep + [torch.ones(self.grid ** 2, dtype=torch.bool)] * missing),
-                "valid": torch.arange(self.frames) < len(views), "clip": c,
-                "asr": self.tokenizer(clip.asr if self.text in ("asr", "both") else ""),
-                "title": self.tokenizer(clip.title if self.text in ("title", "both") else "")}
+        item = self._filled(views, keep, c, clip.asr, clip.title, bad)
         if self.train:
             image = self.lives.read("images", clip.image_ids[0])
             item["image"] = self._augment(TF.resize(image, (self.size, self.size), antialias=True), rng)
@@ -582,7 +649,7 @@ class PairSet(Dataset):
 
 
 class ImageSet(Dataset):
-    """Shop images `ids` of a test split: image uint8 [3,S,S], title [N]."""
+    """Shop images `ids` of a test split: image uint8 [3,S,S], title [N], bad: what could not be read ("": nothing)."""
 
     def __init__(self, lives, tokenizer, size, ids, text="both"):
         self.lives, self.tokenizer, self.size, self.ids, self.text = lives, tokenizer, size, ids, text
@@ -591,10 +658,13 @@ class ImageSet(Dataset):
         return len(self.ids)
 
     def __getitem__(self, key):
-        image_id = self.ids[key[1]]
-        image = TF.resize(self.lives.read("images", image_id), (self.size, self.size), antialias=True)
+        image_id, bad = self.ids[key[1]], ""
+        try:
+            image = TF.resize(self.lives.read("images", image_id), (self.size, self.size), antialias=True)
+        except BadInput as error:
+            image, bad = torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)
         title = self.lives.titles.get(image_id, "") if self.text in ("title", "both") else ""
-        return {"image": image, "title": self.tokenizer(title)}
+        return {"image": image, "title": self.tokenizer(title), "bad": bad}
 
 
 # ------------------------------------------------------------------ order

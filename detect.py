@@ -329,22 +329,24 @@ class SD(nn.Module):
 
     def loss(self, batch):
         """A batch of collate_detection (frames as normalised floats) -> the loss and its terms for the log."""
-        names = "frames", "padding", "labels", "boxes_cxcywh"
-        frames, padding, labels, boxes = (batch[name].flatten(0, 1) for name in names)
+        names = "frames", "padding", "labels", "boxes_cxcywh", "valid"
+        frames, padding, labels, boxes, valid = (batch[name].flatten(0, 1) for name in names)
+        padding = padding & valid[:, None, None]          # a frame that is not there is all padding: no key would be left
         contents, predicted, memory, *_ = self.features(frames, padding)
-        loss, terms = detection_loss(self.class_embed(contents), predicted, labels, boxes)
+        loss, terms = detection_loss(self.class_embed(contents), predicted, labels, boxes, valid)
         if self.dense:
             dense = self._dense_loss(memory, padding, labels, boxes)
-            looks = self._looks_loss(contents[-1], predicted[-1], frames)
+            looks = self._looks_loss(contents[-1], predicted[-1], frames, valid)
             loss, terms = loss + self.dense * (dense + looks), terms | {"dense": dense.detach(), "looks": looks.detach()}
         return loss, terms
 
-    def _looks_loss(self, contents, boxes, frames):
-        """Mean squared error of the 3 x 3 pixels that each query paints of its box: contents [B,N,C], boxes [B,N,4]."""
+    def _looks_loss(self, contents, boxes, frames, valid):
+        """Mean squared error of the 3 x 3 pixels that each query paints of its box: contents [B,N,C], boxes [B,N,4], valid [B]."""
         scale = torch.tensor(frames.shape[:1:-1] * 2, device=boxes.device)
         extent = box_convert(boxes.detach().float(), "cxcywh", "xyxy") * scale                   # [B,N,4]
         pixels = roi_align(frames, list(extent), 3).flatten(1)                                   # [B*N,27]
-        return F.mse_loss(self.looks_embed(contents).flatten(0, 1).float(), pixels)
+        error = (self.looks_embed(contents).flatten(0, 1).float() - pixels).square().mean(1)     # [B*N]
+        return (error.view(len(frames), -1).mean(1) * valid).sum() / share_of_all(valid.sum())
 
     def _dense_loss(self, memory, padding, labels, boxes):
         """Cross-entropy of the category of each token in the middle 70 % of a box: memory [B,S,C] -> a number."""

@@ -260,7 +260,7 @@ def predict(model, config, categories, lives, device, every_frame=True):
     """One box for every frame of a split, by SD, and when `model` is MD by MD and by its two controls.
 
     -> arrays over frames, by clip and place in it: clip [F], position [F], and [F,6] = x1 y1 x2 y2 in pixels of the picture
-    on disk, score, class: "sd", "md", "md1" (MD, each frame as its own clip) and "vote" (SD, and a clip's frames vote on
+    on disk, score (-1: the frame cannot be read, there is no box), class: "sd", "md", "md1" (MD, each frame as its own clip) and "vote" (SD, and a clip's frames vote on
     the category, which needs no training). every_frame=False takes only `frames` of each clip, at even intervals, and
     leaves the controls out: what RICE needs to train.
     """
@@ -289,11 +289,13 @@ def predict(model, config, categories, lives, device, every_frame=True):
         else:
             logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
             answers = {"sd": tuple(x[-1].unflatten(0, valid.shape) for x in (logits, boxes))}
-        real = batch["valid"]
+        real = batch["position"] >= 0
         new = {"clip": batch["clip"][:, None].expand(real.shape)[real], "position": batch["position"][real]}
         for name, (logits, boxes) in answers.items():
             box, score, category = (x.cpu()[real] for x in detect.pick(logits, boxes))
             xyxy = box_convert(box, "cxcywh", "xyxy").clamp(0, 1) * batch["size"][real].repeat(1, 2)
+            # A frame that cannot be read has no box; its true boxes stay in the denominator.
+            score = score.where(batch["valid"][real], -1)
             new[name] = torch.cat([xyxy, score[:, None], category[:, None]], 1)
         for name, value in new.items():
             rows.setdefault(name, []).append(value.numpy())
@@ -329,9 +331,10 @@ def predicted_boxes(checkpoint, lives, folder, device, every_frame=True):
     model, _ = restore(checkpoint, device)
     rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame)
     if is_first():
-        with open(f"{path}.part", "wb") as file:
+        part = f"{path}.{os.getpid()}.part"                          # another run may be writing the same
+        with open(part, "wb") as file:
             np.savez(file, **rows)
-        os.replace(f"{path}.part", path)
+        os.replace(part, path)
     return rows
 
 
@@ -397,7 +400,7 @@ def score_detections(rows, lives, categories):
     parts |= {f"{value} {name}": np.array([v in ids for v in clip_ids], bool) for (name, value), ids in lives.members.items()}
     results, samples = {}, {}
     for method in (m for m in LABELS if m in rows):
-        found = rows[method]
+        found, seen = rows[method], rows[method][:, 4] >= 0
         guess, right = found[:, 5].astype(int), found[frame, 5].astype(int) == category
         views = {"class-agnostic": (np.zeros_like(category), np.zeros_like(guess))}
         if (category >= 0).all():                                  # else the test boxes do not tell their category
@@ -409,14 +412,14 @@ def score_detections(rows, lives, categories):
                 if not mine.any():
                     continue
                 ap = average_precision({"image": frame[mine], "category": true[mine], "box_xyxy": box[mine]},
-                                       {"image": np.flatnonzero(part), "category": guessed[part],
-                                        "box_xyxy": found[part, :4], "score": found[part, 4]})
+                                       {"image": np.flatnonzero(part & seen), "category": guessed[part & seen],
+                                        "box_xyxy": found[part & seen, :4], "score": found[part & seen, 4]})
                 columns = {column: column for column in ("AP", "AP50", "AP75")} if name == "all" else {name: "AP50"}
                 result[view] |= {column: 100 * ap[statistic] for column, statistic in columns.items()}
         hit, shown = np.zeros(len(found), bool), np.zeros(len(found), bool)
-        np.logical_or.at(hit, frame, _overlaps(found[frame, :4], box) >= 0.5)
+        np.logical_or.at(hit, frame, (_overlaps(found[frame, :4], box) >= 0.5) & seen[frame])
         shown[frame] = True
-        samples[method] = {"clip": rows["clip"], "score": found[:, 4], "hit": hit,
+        samples[method] = {"clip": rows["clip"][seen], "score": found[seen, 4], "hit": hit[seen],
                            "true": np.bincount(rows["clip"][frame], minlength=len(lives))}
         result["hit"] = 100 * float(hit[shown].mean())
         result["category"] = 100 * float(right.mean()) if "per category" in views else None
@@ -425,7 +428,7 @@ def score_detections(rows, lives, categories):
             here = kinds == kind
             result["kinds"][kind] = {"frames": int(here.sum()), "score": 100 * float(found[here, 4].mean()),
                                      "hit": 100 * float(hit[here].mean()) if shown[here].any() else None}
-    return results, {"clips": len(lives), "frames": len(clip_ids), "boxes": len(frame)}, samples
+    return results, {"clips": len(lives), "frames": len(clip_ids), "boxes": len(frame), "missing": int((~seen).sum())}, samples
 
 
 def _overlaps(a, b):
@@ -435,8 +438,8 @@ def _overlaps(a, b):
 
 
 def show_table_1(results, counts, markdown=False):
-    print(f"\nTable 1, one box a frame ({counts['clips']} clips, {counts['frames']} frames, {counts['boxes']} boxes); "
-          "AP50 from the fourth column on\n")
+    print(f"\nTable 1, one box a frame ({counts['clips']} clips, {counts['frames']} frames, {counts['boxes']} boxes, "
+          f"missing={counts['missing']}); AP50 from the fourth column on\n")
     rows = [(f"{LABELS[m]}, {view}", *r[view].values()) for view in ("class-agnostic", "per category")
             for m, r in results.items() if r[view]["AP"] is not None]
     print(table(("", *COLUMNS_1), rows + [(f"paper's {name}", *values) for name, values in PAPER_1.items()], markdown))
@@ -457,7 +460,7 @@ SOURCES = {"true": "true boxes", "md": "MD boxes", "sd": "SD boxes", "none": "wh
 def embed(encode, dataset, numbers, config, device):
     """What `encode` gives for the samples `numbers` of a PairSet or ImageSet: a list of tensors, in that order."""
     batches = DataLoader(dataset, batch_sampler=data.ShardSampler(numbers, 64), num_workers=config["workers"])
-    rows = [encode({name: value.to(device) for name, value in batch.items()}) for batch in batches]
+    rows = [encode({name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}) for batch in batches]
     return [torch.cat(column) for column in zip(*rows)]
 
 
@@ -488,17 +491,20 @@ def rank_live(model, tokenizer, config, lives, live, clips, sources, device):
     names = ("icl", "pmd", "fused") if hasattr(model, "pmd") else ("icl",)
     if not ids:
         never = np.full(len(clips), np.iinfo(np.int64).max)
-        return row | {"place": {source: dict.fromkeys(names, never) for source in sources}}
+        unread = {"unread images": 0, "unread clips": int((lives.lengths[clips] == 0).sum())}
+        return row | unread | {"place": {source: dict.fromkeys(names, never) for source in sources}}
 
     def encode_images(b):
-        return model.encode_images(data.to_float(b["image"], data.CLIP), b["title"])
+        seen = torch.tensor([not bad for bad in b["bad"]], device=device)
+        return *model.encode_images(data.to_float(b["image"], data.CLIP), b["title"]), seen
 
     def encode_clips(b):
         frames = data.to_float(b["frames"], data.CLIP)
         return *model.encode_clips(frames, b["keep"], b["valid"], b["asr"]), b["valid"].any(1)
 
     shop = data.ImageSet(lives, tokenizer, config["size"], ids, config.get("text", "both"))
-    image, image_tokens = embed(encode_images, shop, range(len(ids)), config, device)            # [M,D], [M,1+P+1,W]
+    image, image_tokens, readable = embed(encode_images, shop, range(len(ids)), config, device)  # [M,D], [M,1+P+1,W], [M]
+    row |= {"unread images": int((~readable).sum()), "unread clips": 0}
     for source, boxes in sources.items():
         view = "frame" if boxes is None else config["view"]
         pairs = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid, view, boxes, False,
@@ -508,8 +514,9 @@ def rank_live(model, tokenizer, config, lives, live, clips, sources, device):
         if hasattr(model, "pmd"):
             scores["pmd"] = rerank(model, scores["icl"], image_tokens, tokens, padding, config["rerank"])
             scores["fused"] = scores["icl"] + scores["pmd"]
-        # A clip without frames has no prediction: it stays in the denominator, as a miss.
-        row["score"][source] = {name: s.masked_fill(~seen[:, None], math.nan).cpu().numpy() for name, s in scores.items()}
+        row["unread clips"] = int((~seen).sum())
+        # A clip without a frame that can be read, an image that cannot: no prediction. They stay in the denominator, as misses.
+        row["score"][source] = {name: s.masked_fill(~readable, -math.inf).masked_fill(~seen[:, None], math.nan).cpu().numpy() for name, s in scores.items()}
     row["place"] = {source: {name: first_true(s, row["positive"]) for name, s in scores.items()} for source, scores in row["score"].items()}
     return row
 
@@ -554,7 +561,7 @@ def score_ranking(checkpoint, lives, folder, device, model=None, every_source=Tr
     places = {source: {name: joined(lambda row: row["place"][source][name]) for name in names} for source in sources}
     true, images = joined(lambda row: row["positive"].sum(1)), joined(lambda row: np.full(len(row["clips"]), len(row["ids"])))
     luck = {f"R{k}": 100 * float(np.mean([chance(int(m), int(p), k) for m, p in zip(images, true)])) for k in (1, 5, 10)}
-    counts = {"clips": len(lives), "lives": len(rows), "missing": int((lives.lengths == 0).sum()), "chance": luck,
+    counts = {"clips": len(lives), "lives": len(rows), "missing": sum(row["unread clips"] for row in rows), "missing images": sum(row["unread images"] for row in rows), "chance": luck,
               "gallery": float(images.mean()), "several true images": int((true > 1).sum()), "source": main, "each live": {}, "cases": {}}
     for row in rows:
         hits = share(row["place"][main]["icl"]).values()
@@ -574,7 +581,7 @@ def chance(images, true, k):
 
 def show_table_2(results, counts, config, markdown=False):
     print(f"\nTable 2, rank-k within each live's own gallery ({counts['clips']} clips, {counts['lives']} lives, "
-          f"{counts['gallery']:.1f} images a gallery, missing={counts['missing']})\n")
+          f"{counts['gallery']:.1f} images a gallery, missing={counts['missing']}, missing images={counts['missing images']})\n")
     names = SCORES | {"pmd": f"PMD on the first {config['rerank']}"}
     rows = [(f"{SOURCES[source]}, {names[score]}", *values.values()) for source, r in results.items() for score, values in r.items()]
     rows += [("chance", *counts["chance"].values())] + [(f"paper's RICE, {name} boxes", *values) for name, values in PAPER_2.items()]
@@ -619,12 +626,12 @@ def compare(runs, markdown=False):
         key = (result["stage"], *(json.dumps(result["config"].get(name)) for name in differing))
         groups.setdefault(key, []).append((result, samples))
     rows = []
-    for members in groups.values():
+    for key, members in groups.items():
         config = members[0][0]["config"]
         varied = ", ".join(f"{name}={config.get(name)}" for name in differing)
         for method in members[0][1]["methods"]:
             label = LABELS[method] if config["stage"] != "rice" else SCORES[method]
-            rows.append({"name": ", ".join(filter(None, (varied, label))), "method": method, "group": varied,
+            rows.append({"name": ", ".join(filter(None, (varied, label))), "method": method, "group": key,
                          "varied": [(name, config.get(name)) for name in differing],
                          "seeds": [result["config"]["seed"] for result, _ in members],
                          "columns": [columns_of(result, method) for result, _ in members],
@@ -752,7 +759,12 @@ def _dashed(draw, box, colour, dash=6):
 
 
 def open_picture(lives, folder, name):
-    return Image.fromarray(lives.read(folder, name).permute(1, 2, 0).numpy())
+    """A picture and the size (w, h) that its boxes are given in; grey where it cannot be read."""
+    try:
+        pixels, size = lives.frame(name) if folder == "frames" else (lives.read(folder, name), None)
+    except BadInput:
+        return Image.new("RGB", (96, 96), (150, 150, 150)), (96, 96)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy()), size
 
 
 def detection_picture(rows, lives, names, path, clips=4, height=210):
@@ -762,9 +774,9 @@ def detection_picture(rows, lives, names, path, clips=4, height=210):
         clip, strip = lives.clip(int(c)), []
         for f in np.flatnonzero(rows["clip"] == c)[:8]:
             t = int(rows["position"][f])
-            frame = open_picture(lives, "frames", clip.frame_ids[t])
-            scale = height / frame.height
-            frame = frame.resize((round(frame.width * scale), height))
+            frame, size = open_picture(lives, "frames", clip.frame_ids[t])
+            scale = height / size[1]
+            frame = frame.resize((round(size[0] * scale), height))
             draw = ImageDraw.Draw(frame)
             for x1, y1, x2, y2, _ in clip.boxes[t] if clip.boxes else []:
                 _dashed(draw, [v * scale for v in (x1, y1, x2, y2)], (255, 255, 255))
@@ -823,14 +835,15 @@ def ranking_picture(shown, lives, path, clips=5, side=132):
         clip, boxes, frames = lives.clip(q), shown["boxes"], []
         positions = boxes["position"][boxes["start"][q]:boxes["start"][q + 1]] if boxes else np.arange(len(clip.frame_ids))
         for j in data.even_frames(len(positions), 3):
-            frame = open_picture(lives, "frames", clip.frame_ids[int(positions[j])])
+            frame, size = open_picture(lives, "frames", clip.frame_ids[int(positions[j])])
+            frame = frame.resize(size)
             if boxes:
                 x1, y1, x2, y2 = boxes["box"][boxes["start"][q] + j, :4]
                 ImageDraw.Draw(frame).rectangle([x1, y1, x2, y2], outline=COLOURS["md"], width=max(1, min(frame.size) // 96))
             frames.append(frame.resize((side, side)))
         cells = [cell(_join(frames, 0), f"“{clip.asr}”" if clip.asr else "", None, 3)] if frames else []
         for m in np.argsort(-row["score"][shown["source"]][shown["score"]][place], kind="stable")[:5]:
-            picture = open_picture(lives, "images", row["ids"][m]).resize((side, side))
+            picture = open_picture(lives, "images", row["ids"][m])[0].resize((side, side))
             cells.append(cell(picture, lives.titles.get(row["ids"][m], ""), (40, 160, 60) if row["positive"][place, m] else (205, 50, 45)))
         rows.append(_join(cells, 0))
     _join(rows or [Image.new("RGB", (side, side), "white")], 1).save(path)

@@ -165,17 +165,28 @@ def icl_loss(clip, image, scale, product=None):
     """Instance contrastive loss: symmetric InfoNCE over the pairs of all processes.
 
     clip, image [B,D] (normalised here), scale of the cosine, product [B]: clips of a batch may show the same product, and
-    such a pair is no negative (the public code takes it for one). -> the mean of both directions.
+    such a pair is no negative (the public code takes it for one); -1: no pair, it could not be read, and is left out.
+    -> the mean of both directions.
     """
     own = torch.arange(len(clip), device=clip.device) + first_row(len(clip))                     # [B]
     with torch.autocast(clip.device.type, enabled=False):                    # products of a softmax stay float32
         clip, image = F.normalize(clip.float(), dim=-1), F.normalize(image.float(), dim=-1)      # [B,D], [B,D]
         logits = torch.stack([scale * clip @ gather(image).T, scale * image @ gather(clip).T])   # [2,B,A]
     if product is not None:
-        same = product[:, None] == gather(product)[None]                                         # [B,A]
+        others = gather(product)                                                                 # [A]
+        same = (product[:, None] == others[None]) | (others < 0)                                 # [B,A]
         same[torch.arange(len(own)), own] = False
         logits = logits.masked_fill(same, -math.inf)                                             # [2,B,A]
-    return F.cross_entropy(logits.flatten(0, 1), own.repeat(2))
+    loss = F.cross_entropy(logits.flatten(0, 1), own.repeat(2), reduction="none").view(2, -1)    # [2,B]
+    return mean_of_pairs(loss.mean(0), product)
+
+
+def mean_of_pairs(loss, product):
+    """Mean of loss [B] over the pairs that could be read (product >= 0), of all processes: DDP averages what each has."""
+    if product is None:
+        return loss.mean()
+    there = gather(product) >= 0                                                                 # [A]
+    return (loss * (product >= 0)).sum() * (len(there) / len(product)) / there.sum().clamp(min=1)
 
 
 # ------------------------------------------------------------------ hard negatives
@@ -184,13 +195,13 @@ def icl_loss(clip, image, scale, product=None):
 def sample_negatives(similarity, image_product, clip_product, count, hard=True, noise=None):
     """For each image, `count` clips of other products, drawn without replacement (supplement, section 3).
 
-    similarity [B,A] scaled ICL similarity of image and clip, products [B] and [A] -> clips [B,count], real [B,count]
+    similarity [B,A] scaled ICL similarity of image and clip, products [B] and [A] (-1: not read, never drawn) -> clips [B,count], real [B,count]
     (False: there were too few other products). A clip's chance is proportional to exp(similarity) when hard, else
     equal: adding Gumbel noise [B,A] and taking the highest draws exactly so.
     """
     if noise is None:
         noise = gumbel(similarity.shape, None).to(similarity.device)
-    other = image_product[:, None] != clip_product[None]                                         # [B,A]
+    other = (image_product[:, None] != clip_product[None]) & (clip_product >= 0)                 # [B,A]
     score = ((similarity.detach().float() if hard else 0) + noise).masked_fill(~other, -math.inf)  # [B,A]
     score = F.pad(score, (0, max(0, count - score.shape[1])), value=-math.inf)
     best, clips = score.topk(count, dim=1)                                                       # [B,count]
@@ -266,28 +277,30 @@ class PMD(nn.Module):
         return score.view(pairs.shape), maps.unflatten(0, pairs.shape)[:, 0]                     # [B,C], [B,heads,Q,R]
 
 
-def pmd_loss(score, real=None):
-    """Cross-entropy of the true pair (column 0) against its negatives: score [B,1+n], real [B,n] (False: left out)."""
+def pmd_loss(score, real=None, product=None):
+    """Cross-entropy of the true pair (column 0) against its negatives: score [B,1+n], real [B,n] (False: left out),
+    product [B] (-1: the pair is left out)."""
     score = score.float()
     if real is not None:
         score = score.masked_fill(F.pad(~real, (1, 0), value=False), -math.inf)                  # [B,1+n]
-    return -score.log_softmax(1)[:, 0].mean()
+    return mean_of_pairs(-score.log_softmax(1)[:, 0], product)                                   # [B] -> a number
 
 
 # ------------------------------------------------------------------ PFR
 
 
-def pfr_loss(maps, head, clip_patches, image_patches, padding):
+def pfr_loss(maps, head, clip_patches, image_patches, padding, product=None):
     """Patch feature reconstruction: the maps of the true pair must rebuild the image's patches from the clip's.
 
     maps [B,heads,P,R] non-negative, head: heads -> 1 by 1x1 convolutions, clip_patches [B,R,W], image_patches [B,P,W],
-    padding [B,R] -> mean squared error. Both features are detached: what learns is where the decoder looks.
+    padding [B,R], product [B] (-1: the pair is left out) -> mean squared error. Both features are detached: what learns is where the decoder looks.
     The public code does not mask this softmax, so its padded frames take weight; here they take none.
     """
     weight = head(maps).squeeze(1).float().masked_fill(padding[:, None], -math.inf).softmax(-1)  # [B,P,R]
     with torch.autocast(maps.device.type, enabled=False):
         rebuilt = weight @ clip_patches.detach().float()                                         # [B,P,W]
-    return F.mse_loss(rebuilt, image_patches.detach().float())
+    error = (rebuilt - image_patches.detach().float()).square().mean((1, 2))                     # [B]
+    return mean_of_pairs(error, product)
 
 
 # ------------------------------------------------------------------ RICE
@@ -352,10 +365,10 @@ class RICE(nn.Module):
         if "pmd" in self.losses:
             pairs, real = self._candidates(image, clip, batch["product"], batch["seed"])         # [B,1+n], [B,n]
             score, maps = self.pmd(image_tokens, gather(clip_tokens), gather(padding.float()) > 0, pairs)
-            pmd = pmd_loss(score, real)
+            pmd = pmd_loss(score, real, batch["product"])
             loss, terms = loss + pmd, terms | {"pmd": pmd.detach()}
         if "pfr" in self.losses:
-            pfr = self._reconstruct(maps, clip_tokens, image_tokens, padding, batch["valid"].shape[1])
+            pfr = self._reconstruct(maps, clip_tokens, image_tokens, padding, batch["valid"].shape[1], batch["product"])
             loss, terms = loss + 0.05 * pfr, terms | {"pfr": pfr.detach()}
         return loss, terms
 
@@ -369,15 +382,16 @@ class RICE(nn.Module):
         negatives, real = sample_negatives(similarity, product, gather(product), self.n_neg, self.hard, noise)
         return torch.cat([torch.arange(row, row + B, device=image.device)[:, None], negatives], 1), real
 
-    def _reconstruct(self, maps, clip_tokens, image_tokens, padding, T):
+    def _reconstruct(self, maps, clip_tokens, image_tokens, padding, T, product):
         """PFR on patches alone: class tokens and text are left out on both sides."""
+        padding = padding & (product >= 0)[:, None]                   # a softmax over nothing is none: it is left out later
         heads, P = maps.shape[1], self.visual.grid ** 2
         maps = maps[:, :, 1:1 + P, :-1].unflatten(-1, (T, 1 + P))[..., 1:].flatten(-2)           # [B,heads,P,T*P]
         clip_patches = clip_tokens[:, :-1].unflatten(1, (T, 1 + P))[:, :, 1:].flatten(1, 2)      # [B,T*P,W]
         padding = padding[:, :-1].unflatten(1, (T, 1 + P))[..., 1:].flatten(1)                   # [B,T*P]
         # Times sqrt(width of a head), as the public code returns its maps: weights of 1/R alone are too small to learn from.
         maps = maps * math.sqrt(clip_tokens.shape[-1] / heads)
-        return pfr_loss(maps, self.pfr_head, clip_patches, image_tokens[:, 1:1 + P], padding)
+        return pfr_loss(maps, self.pfr_head, clip_patches, image_tokens[:, 1:1 + P], padding, product)
 
 
 # ------------------------------------------------------------------ public weights

@@ -122,7 +122,7 @@ PRESETS = {
                  "size": 96, "embedding": 256}},
 }
 # With --overfit: enough steps at a steady rate for a handful of clips; whatever the preset's model, it has to learn them.
-OVERFIT = {"sd": {"steps": 450, "batch": 16}, "md": {"steps": 150, "batch": 8}, "rice": {"steps": 80, "batch": 8}}
+OVERFIT = {"sd": {"steps": 240, "batch": 16}, "md": {"steps": 120, "batch": 8}, "rice": {"steps": 60, "batch": 8}}
 STAGES = ("sd", "md", "rice")
 CHOICES = {"boxes": ("md", "sd", "true", "none"), "view": ("box", "mask", "frame"), "schedule": ("drop", "cosine"),
            "precision": ("float32", "bf16"), "negatives": ("hard", "rand"), "text": ("both", "asr", "title", "none"),
@@ -198,8 +198,8 @@ def prepare(config, device, saved):
         if saved:
             vocabulary = bytes(saved["tokenizer"].tolist())
         else:
-            clips = map(lives.clip, range(0, len(lives), max(1, len(lives) // 200_000)))
-            vocabulary = data.train_tokenizer(text for clip in clips for text in (clip.title, clip.asr))
+            clips = map(lives.clip_or_none, range(0, len(lives), max(1, len(lives) // 200_000)))
+            vocabulary = data.train_tokenizer(text for clip in clips if clip for text in (clip.title, clip.asr))
         tokenizer = data.Tokenizer(vocabulary)
         model = evaluation.build(vars(config), len(lives.categories), tokenizer.vocab)
         kept, boxes = {"categories": lives.categories, "tokenizer": torch.tensor(list(vocabulary), dtype=torch.uint8)}, None
@@ -249,7 +249,7 @@ def finished(config, stage):
 
 def ready(batch, config, device, step):
     """A collated batch on the device, pictures as normalised floats."""
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
     if config.stage == "rice":
         batch |= {name: data.to_float(batch[name], data.CLIP) for name in ("frames", "image")}
         return batch | {"seed": config.seed * 1_000_003 + step}
@@ -363,7 +363,7 @@ def train(config, rank, world, device):
             log.write_text("".join(lines[:sum(step_of(line) <= start for line in lines)]))
     elif rank == 0:
         log.write_text("")
-    wrapped = Step(model)
+    wrapped, bad = Step(model), {}                                                # bad: clip -> why it cannot be read
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None, broadcast_buffers=False)
     sampler = data.StepSampler(order, config.batch, config.steps, start, config.seed, rank, world)
@@ -379,7 +379,12 @@ def train(config, rank, world, device):
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
-            stop_if_not_finite(loss, terms, norm, model, step, batch, samples.lives, rank, world)
+            broken = stop_together(loss, terms, norm, model, step, batch, samples.lives, rank, world)
+            for clip, reason in broken:
+                bad.setdefault(clip, reason)
+            if len(bad) > 0.01 * len(samples.lives):
+                raise BadInput(f"{config.data}: {len(bad)} of {len(samples.lives)} clips cannot be read, more than 1 %; `python data.py "
+                               f"check {config.data}` lists them all; the first: {'; '.join(list(bad.values())[:10])}")
             optimizer.step()
             bar.update(config.batch)
             last = step + 1 == config.steps
@@ -387,7 +392,7 @@ def train(config, rank, world, device):
                                          for every in (config.log_every, config.save_every, config.eval_every))
             if log_it:
                 line = report(loss, terms, norm, world)
-                bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "norm"})
+                bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "norm"} | ({"bad": len(bad)} if bad else {}))
             if log_it and rank == 0:
                 write_line(log, {"step": step + 1, "lr": config.lr * learning_rate(step, config)} | line)
             state = {"config": vars(config), "step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | kept
@@ -401,6 +406,8 @@ def train(config, rank, world, device):
                         save(path.with_name(f"{config.stage}-best.pt"), state | kept)
             if save_it and rank == 0:
                 save(path, state | kept)
+    if bad and rank == 0:
+        print(f"{config.stage}: {len(bad)} of {len(samples.lives)} clips could not be read and were skipped; the first: {next(iter(bad.values()))}")
     if world > 1:
         dist.barrier()
     return True
@@ -419,13 +426,20 @@ def step_of(line):
         return math.inf
 
 
-def stop_if_not_finite(loss, terms, norm, model, step, batch, lives, rank, world):
-    """End the run on all processes together, before the bad step changes a weight, and say where it went wrong."""
-    bad = torch.stack([loss.detach(), norm]).isfinite().logical_not().any().float()
+def stop_together(loss, terms, norm, model, step, batch, lives, rank, world):
+    """End the run on all processes when one's loss is not finite, before the bad step changes a weight; say where.
+
+    -> (clip, reason) of what no process could read in this step, the same list on all of them.
+    """
+    wrong = torch.stack([loss.detach(), norm]).isfinite().logical_not().any()
+    unread = [(int(clip), reason) for clip, reason in zip(batch["clip"], batch["bad"]) if reason]
+    flags = torch.stack([wrong.float(), torch.tensor(float(len(unread)), device=wrong.device)])
     if world > 1:
-        dist.all_reduce(bad)                                                  # every process learns that one has to stop
-    if not bad:
-        return
+        dist.all_reduce(flags)                          # every process learns what one has met, so all take the same way
+    if flags[1] > 0:
+        unread = [pair for part in evaluation.everyones(unread) for pair in part]
+    if not flags[0]:
+        return unread
     tensors = [(f"weight {name}", p) for name, p in model.named_parameters()]
     tensors += [(f"gradient of {name}", p.grad) for name, p in model.named_parameters() if p.grad is not None]
     first = next((name for name, value in tensors if not value.isfinite().all()), "no weight and no gradient")

@@ -223,7 +223,7 @@ def test_frozen_sd_stays_still_and_the_rest_learns():
 def test_a_batch_without_boxes_and_with_several():
     sd = small()
     batch = {"frames": torch.randn(2, 1, 3, 48, 64), "padding": torch.zeros(2, 1, 48, 64, dtype=torch.bool),
-             "labels": torch.full((2, 1, 1), -1), "boxes_cxcywh": torch.zeros(2, 1, 1, 4)}
+             "valid": torch.ones(2, 1, dtype=torch.bool), "labels": torch.full((2, 1, 1), -1), "boxes_cxcywh": torch.zeros(2, 1, 1, 4)}
     loss, terms = sd.loss(batch)
     loss.backward()
     assert torch.isfinite(loss) and terms["l1"].sum() == 0

@@ -208,6 +208,54 @@ def test_eval_names_what_is_missing_and_counts_it_as_a_miss(run_one, livestreams
     assert stop.value.code == 2 and "have no frames" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="session")
+def broken(tmp_path_factory):
+    """120 training clips, one with a row that is none and one without its pictures: not more than 1 % of either kind alone."""
+    root = tmp_path_factory.mktemp("broken") / "lives"
+    data.render(root, lives=10, val_lives=0, test_lives=1, products=21, clips=21, gallery=4, frames=4, size=32, processes=2, progress=False)
+    path = next((root / "annotations").glob("training*"))
+    rows = path.read_text().splitlines()
+    fields = rows[7].split("\t")
+    rows[7] = "\t".join([*fields[:2], fields[2][:-9], *fields[3:]])                        # the box list is not closed
+    path.write_text("\n".join(rows) + "\n")
+    for frame_id in json.loads(rows[30].split("\t")[1]):
+        (root / "frames" / f"{frame_id}.jpg").write_bytes(b"no picture")
+    return root
+
+
+@pytest.mark.parametrize("stage", ["sd", "rice"])
+def test_a_clip_that_cannot_be_read_is_skipped_and_counted(broken, tmp_path, capsys, stage):
+    flags = ["--stage", stage, "--data", str(broken), "--out", str(tmp_path), *SMALL, "--steps", "0", "--epochs", "1", "--batch", "30"]
+    train.main([*flags, *(["--boxes", "true"] if stage == "rice" else [])])
+    said = capsys.readouterr().out
+    assert f"{stage}: 2 of 210 clips could not be read and were skipped" in said
+
+
+def test_all_processes_skip_alike_and_stop_when_too_much_is_broken(broken, tmp_path):
+    flags = ["--stage", "sd", "--data", broken, *SMALL, "--steps", "0", "--epochs", "1", "--batch", "30"]
+    done = torchrun("train.py", *flags, "--out", tmp_path / "two")
+    assert done.returncode == 0 and "sd: 2 of 210 clips could not be read and were skipped" in done.stdout, done.stderr[-2000:]
+    worse = tmp_path / "worse"
+    shutil.copytree(broken, worse)
+    for path in sorted((worse / "frames").iterdir())[:200]:
+        path.write_bytes(b"no picture")
+    flags[flags.index(broken)] = worse
+    for processes in (1, 2):
+        done = torchrun("train.py", *flags, "--out", tmp_path / f"worse{processes}", processes=processes)
+        assert done.returncode != 0 and "more than 1 %" in done.stderr and "Traceback (most recent call last):\n  File \"train.py" not in done.stderr
+
+
+def test_skipping_a_pair_equals_a_batch_without_it():
+    torch.manual_seed(0)
+    clip, image, product = torch.randn(5, 8), torch.randn(5, 8), torch.tensor([4, 2, -1, 9, 2])
+    rest = product >= 0
+    torch.testing.assert_close(rice.icl_loss(clip, image, 10.0, product), rice.icl_loss(clip[rest], image[rest], 10.0, product[rest]))
+    clips, real = rice.sample_negatives(torch.zeros(5, 5), product, product, 4)
+    assert not (clips[real] == 2).any()
+    score = torch.randn(5, 4)
+    torch.testing.assert_close(rice.pmd_loss(score, None, product), rice.pmd_loss(score[rest]))
+
+
 def test_one_bad_weight_stops_the_run_before_it_spreads(run_one, livestreams, tmp_path, capsys, monkeypatch):
     build = evaluation.build
 
