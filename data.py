@@ -31,11 +31,14 @@ import math
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
+import tempfile
 import warnings
 import zipfile
 from array import array
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +83,8 @@ def guarded(command, *arguments):
 class Clip:
     """One clip; boxes[t] is [n, 5] = x1 y1 x2 y2 in pixels and the raw category id (-1: not known), n >= 0.
 
-    `boxes` is None when nobody annotated the clip; `kinds` tells how a rendered frame was staged.
+    `boxes` is None when nobody annotated the clip; `kinds` tells how a rendered frame was staged; `splits` are a training
+    row's scale, visible duration and number of products; `dropped` counts boxes without area, which are left out.
     """
     video_id: str
     frame_ids: list
@@ -89,6 +93,9 @@ class Clip:
     title: str
     asr: str
     kinds: list | None = None
+    category: int = -1
+    splits: tuple = ()
+    dropped: int = 0
 
 
 def live_of(video_id):
@@ -129,39 +136,45 @@ def _boxes(entry, category, where):
     return np.asarray(out, np.float64).reshape(-1, 5)
 
 
-ROW = np.dtype([("offset", "i8"), ("product", "i8"), ("live", "i8"), ("length", "i4"), ("annotated", "?")])   # 29 bytes a clip
+ROW = np.dtype([("offset", "i8"), ("product", "i8"), ("live", "i8"), ("row", "i4"), ("length", "i4"), ("annotated", "?")])   # 33 bytes a clip
 
 
-def _index(path):
+def _index(path, complain=None):
     """One pass over a training file -> what is known of each row [rows] of ROW without parsing it, and {category id: name}.
 
-    Kept in a file beside it (when the folder can be written to) and made again when the training file's size or time changes.
+    complain(text): what to do with a row that is none; it is left out then (by default it is an error). Kept in a file beside it (when the folder can be written to) and made again when the training file's size or time changes.
     """
     stamp = [path.stat().st_size, path.stat().st_mtime_ns]
     kept = path.with_name(f".{path.name}.index.npz")
     try:
         with np.load(kept) as saved:
-            if saved["stamp"].tolist() == stamp and saved["rows"].dtype == ROW:
+            if not complain and saved["stamp"].tolist() == stamp and saved["rows"].dtype == ROW:
                 return saved["rows"], {int(raw): str(name) for raw, name in zip(saved["ids"], saved["names"])}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass                                                     # none, or a torn one: it is made again
-    columns_of = {name: array(code) for name, code in zip(ROW.names, "qqqib")}
+    columns_of = {name: array(code) for name, code in zip(ROW.names, "qqqiib")}
     categories, offset = {}, 0
     with open(path, "rb") as file, tqdm(total=stamp[0], unit="B", unit_scale=True, desc=f"index {path.name}", delay=2, leave=False) as bar:
         for row, line in enumerate(file, 1):
-            columns = line.rstrip(b"\r\n").split(b"\t")
+            columns, start, wrong = line.rstrip(b"\r\n").split(b"\t"), offset, ""
+            offset += len(line)
             if len(columns) != 11:
-                raise BadInput(f"{path}:{row}: expected 11 columns by tab, found {len(columns)}")
-            columns_of["offset"].append(offset)
+                wrong = f"{path}:{row}: expected 11 columns by tab, found {len(columns)}"
+            elif columns[5].strip() and not columns[5].strip().isdigit():
+                wrong = f"{path}:{row}: category id: expected a whole number, found {columns[5][:40]!r}"
+            if wrong and not complain:
+                raise BadInput(wrong)
+            if wrong:
+                complain(wrong)
+                continue
+            columns_of["row"].append(row)
+            columns_of["offset"].append(start)
             columns_of["product"].append(_number(columns[3].strip()))
             columns_of["live"].append(_number(columns[0].rsplit(b"-", 2)[0]))
             columns_of["length"].append(columns[1].count(b",") + (columns[1].strip(b" []") != b""))
             # A box list of [] was never annotated: no detector may learn from it that nothing is there.
             columns_of["annotated"].append(len(columns[2]) > 8 or columns[2].translate(None, b" ") not in (b"", b"[]"))
-            offset += len(line)
             raw = columns[5].strip()
-            if raw and not raw.isdigit():
-                raise BadInput(f"{path}:{row}: category id: expected a whole number, found {columns[5][:40]!r}")
             if raw and int(raw) not in categories:
                 categories[int(raw)] = columns[6].decode(errors="replace")
             if row % 1000 == 0:
@@ -169,6 +182,8 @@ def _index(path):
     rows = np.empty(len(columns_of["offset"]), ROW)
     for name, column in columns_of.items():
         rows[name] = column
+    if complain:
+        return rows, categories
     try:
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         with open(part, "wb") as file:
@@ -184,35 +199,42 @@ def _number(name):
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1 if name else -1
 
 
+def _count(entry):
+    """How many boxes an entry of a box list gives; all zeros is a way to write none."""
+    rows = entry if isinstance(entry, list) and all(isinstance(row, list) for row in entry) else [entry]
+    return sum(bool(row) and any(row[:4]) for row in rows)
+
+
 class Lives:
     """One split ("train", "val" or "test") of a data folder in the LPR4M layout; `clip(i)` parses clip i on demand.
 
-    A training file is kept as an array of byte offsets (29 bytes a clip in all); nothing grows with the number of frames.
+    A training file is kept as an array of byte offsets (33 bytes a clip in all); nothing grows with the number of frames.
     lengths [clips]: frames of each; frame_counts [clips]: the annotated ones. Of the training rows also: product [clips]
     and live [clips], image ids (-1: none) and live ids as numbers, and categories {raw id: name} in order of id; a
     detector's class k is the k-th. A test clip is any that has an ASR row, a true image or a true box; none is left out.
     Raises BadInput naming file, row and field.
     """
 
-    def __init__(self, root, split):
+    def __init__(self, root, split, complain=None):
         self.root, self.split, self.chosen = Path(root), split, None
         if not (self.root / "annotations").is_dir():
             raise BadInput(f"{self.root}: no annotations/ folder; make one with `python data.py render {self.root}`")
-        self._index_training() if split == "train" else self._read_test()
+        self._index_training(complain) if split == "train" else self._read_test()
         if not len(self):
             raise BadInput(f"{self.root}/annotations: no clips in the {split} split")
 
     def __len__(self):
         return len(self.lengths)
 
-    def _index_training(self):
+    def _index_training(self, complain):
         self.files = sorted((self.root / "annotations").glob("training_videoinfo_*.txt"))
         if not self.files:
             raise BadInput(f"{self.root}/annotations: no training_videoinfo_*.txt; expected at least one part")
-        parts = [_index(path) for path in self.files]
+        parts = [_index(path, complain) for path in self.files]
         self.ends = np.cumsum([len(rows) for rows, _ in parts])
         table = np.concatenate([rows for rows, _ in parts]) if len(parts) > 1 else parts[0][0]
-        self.offsets, self.lengths, self.product, self.live = (table[name] for name in ("offset", "length", "product", "live"))
+        self.offsets, self.rows, self.lengths, self.product, self.live = (
+            table[name] for name in ("offset", "row", "length", "product", "live"))
         self.frame_counts = self.lengths * table["annotated"]
         self.categories = dict(sorted({raw: name for _, categories in parts for raw, name in categories.items()}.items()))
 
@@ -299,9 +321,8 @@ class Lives:
             boxes = [_boxes(self.truth[f], -1, f"{self.root}: true boxes of {f}") for f in frame_ids] if self.truth else None
             return Clip(video_id, frame_ids, boxes, images, self.titles.get(images[0], "") if images else "",
                         self.asr.get(video_id, ""), [str(self.kinds.get(f, "")) for f in frame_ids] if self.kinds else None)
-        number = int(np.searchsorted(self.ends, i, side="right"))
-        where = f"{self.files[number]}:{i + 1 - (self.ends[number - 1] if number else 0)}"
-        with open(self.files[number], "rb") as file:
+        where = self.where(i)
+        with open(self.files[int(np.searchsorted(self.ends, i, side="right"))], "rb") as file:
             file.seek(self.offsets[i])
             try:
                 columns = file.readline().decode("utf-8").rstrip("\r\n").split("\t")
@@ -311,14 +332,21 @@ class Lives:
         frame_ids = [_safe_id(f, f"{where}: frame_id list") for f in _literal(columns[1], f"{where}: frame_id list")]
         if len(frame_ids) != self.lengths[i]:
             raise BadInput(f"{where}: frame_id list: {len(frame_ids)} ids, but commas for {self.lengths[i]}")
-        boxes = _literal(columns[2] or "[]", f"{where}: box list") if self.frame_counts[i] else None
+        boxes, dropped = _literal(columns[2] or "[]", f"{where}: box list") if self.frame_counts[i] else None, 0
         if boxes is not None and len(boxes) != len(frame_ids):
             raise BadInput(f"{where}: {len(frame_ids)} frames but {len(boxes)} entries in the box list")
         if boxes is not None:
             category = int(columns[5]) if columns[5].strip() else -1
+            given = sum(map(_count, boxes))
             boxes = [_boxes(entry, category, f"{where}: box list, frame {t}") for t, entry in enumerate(boxes)]
+            dropped = given - sum(map(len, boxes))
         images = [_safe_id(columns[3], f"{where}: image_id")] if columns[3].strip() else []
-        return Clip(columns[0], frame_ids, boxes, images, columns[4].strip(), columns[7].strip())
+        return Clip(columns[0], frame_ids, boxes, images, columns[4].strip(), columns[7].strip(), None,
+                    int(columns[5] or -1), tuple(c.strip() for c in columns[8:]), dropped)
+
+    def where(self, i):
+        """file:row of training clip i."""
+        return f"{self.files[int(np.searchsorted(self.ends, i, side='right'))]}:{self.rows[i]}"
 
     def clip_or_none(self, i):
         """Clip i of a training split, None where its row is broken; who trains on it skips it and counts it."""
@@ -1086,7 +1114,7 @@ def render(root, seed=0, lives=72, val_lives=4, test_lives=10, products=24, clip
         for row in (row for _, rows, _, _ in done["train"] for row in rows):
             columns = ("video_id", "frame_ids", "boxes", "image_id", "title", "category", "name", "asr", "scale", "duration", "number")
             file.write("\t".join(row[c] if isinstance(row[c], str) else json.dumps(row[c]) for c in columns) + "\n")
-    for split in ("val", "test"):
+    for split in (s for s in ("val", "test") if counts[s]):
         rows = [row for _, live_rows, _, _ in done[split] for row in live_rows]
         texts = [(i, t) for _, _, ids, titles in done[split] for i, t in zip(ids, titles)]
         pairs = [(row, f, b, k) for row in rows for f, b, k in zip(row["frame_ids"], row["boxes"], row["kinds"])]
@@ -1104,24 +1132,328 @@ def render(root, seed=0, lives=72, val_lives=4, test_lives=10, products=24, clip
     work.rename(root)
 
 
+# ------------------------------------------------------------------ checking a folder
+
+
+def check(root, processes=None):
+    """Walk a data folder once, print what is in it and what is wrong with it (ten of each kind), as file:row where there is one.
+
+    -> True when more than 1 % of anything is unusable.
+    """
+    root, found = Path(root), {}                       # found: kind of problem -> [how many, of how many, the first ten]
+
+    def problem(kind, text):
+        entry = found.setdefault(kind, [0, 0, []])
+        entry[0] += 1
+        entry[2] += [text][:10 - len(entry[2])]
+
+    def of(kind, total):
+        found.setdefault(kind, [0, 0, []])[1] += total
+
+    splits = ["train"] * any((root / "annotations").glob("training_videoinfo_*")) + [
+        s for s in ("val", "test") if any((root / "annotations").glob(f"{s}_*"))]
+    if not splits:
+        raise BadInput(f"{root}/annotations: no training_videoinfo_*.txt and no test files; is this a data folder in the LPR4M layout?")
+    images, boxes, waiting = {}, {"kept": 0, "clipped": 0, "dropped": 0}, []
+
+    def look(pool):
+        """Decode the frames of the clips that wait, on all processes; so many at a time that memory stays as it is."""
+        for frames, bad, tally in pool.imap_unordered(_check_frames, waiting, chunksize=8):
+            for text in bad:
+                problem("frames", text)
+            of("frames", frames)
+            for key in boxes:
+                boxes[key] += tally[key]
+        waiting.clear()
+
+    with multiprocessing.get_context("spawn").Pool(max(1, processes or os.cpu_count())) as pool:
+        for split in splits:
+            of("files", 1)
+            try:
+                lives = Lives(root, split, (lambda text: problem("rows", text)) if split == "train" else None)
+            except BadInput as error:
+                problem("files", str(error))
+                continue
+            counts, texts, ids, numbers = {}, {"ASR": [0, 0], "title": [0, 0]}, array("q"), array("q")
+            for i in tqdm(range(len(lives)), unit="clip", desc=f"check {split}"):
+                try:
+                    clip = lives.clip(i)
+                except BadInput as error:
+                    problem("rows", str(error))
+                    continue
+                ids.append(_number(clip.video_id.encode()))
+                numbers.append(i)
+                boxes["dropped"] += clip.dropped
+                images.update(dict.fromkeys(clip.image_ids))
+                for text, name in ((clip.asr, "ASR"), (clip.title, "title")):
+                    texts[name][0] += bool(text)
+                    texts[name][1] += len(text.split())
+                named = [lives.categories.get(clip.category, "(no category)")] if split == "train" else []
+                for name in named + [f"{value} {name}" for value, name in zip(clip.splits, SPLITS) if value]:
+                    counts[name] = counts.get(name, 0) + 1
+                if not clip.frame_ids:
+                    problem("clips without frames", clip.video_id)
+                waiting.append((lives, clip.frame_ids, clip.boxes))
+                if len(waiting) == 1000:
+                    look(pool)
+            look(pool)
+            of("rows", len(lives))
+            of("clips without frames", len(lives))
+            order = np.argsort(np.asarray(ids), kind="stable")
+            for again in order[1:][np.diff(np.asarray(ids)[order]) == 0]:
+                row = numbers[int(again)]
+                problem("ids given twice", f"{lives.where(row) if split == 'train' else split}: {lives.clip(row).video_id}")
+            of("ids given twice", len(ids))
+            if split != "train":
+                _check_partners(lives, problem, of)
+                images.update(dict.fromkeys(i for gallery in lives.galleries.values() for i in gallery))
+                counts = {f"{value} {name}": len(members) for (name, value), members in lives.members.items() if members}
+            print(f"{split}: {len(lives)} clips, {int(lives.lengths.sum())} frames, "
+                  f"{int((lives.frame_counts > 0).sum())} clips annotated; " + "; ".join(
+                      f"{name} on {100 * some / max(1, len(lives)):.1f} %, {words / max(1, some):.1f} words" for name, (some, words) in texts.items()))
+            print("".join(f"    {name}: {count}\n" for name, count in sorted(counts.items())), end="")
+        lives = Lives.__new__(Lives)
+        lives.root = root
+        for text in tqdm(pool.imap_unordered(_check_image, ((lives, i) for i in images), chunksize=64), total=len(images), unit="image", desc="check images"):
+            if text:
+                problem("images", text)
+        of("images", len(images))
+    total = sum(boxes.values())
+    print(f"boxes: {boxes['kept']} whole, {boxes['clipped']} stick out of the picture and are clipped, {boxes['dropped']} without area or outside are dropped")
+    found["boxes"] = [boxes["dropped"], total, []]
+    for kind, (count, out_of, first) in found.items():
+        if count:
+            print(f"{kind}: {count} of {out_of} unusable", *(f"    {text}" for text in first), sep="\n")
+    spoilt = [kind for kind, (count, out_of, _) in found.items() if count > 0.01 * out_of]
+    print(f"more than 1 % unusable: {', '.join(spoilt)}" if spoilt else "fit for use")
+    return bool(spoilt)
+
+
+def _check_frames(job):
+    """Frames of a clip -> how many, what is wrong with them, and how their boxes lie in the picture."""
+    lives, frame_ids, boxes = job
+    bad, tally = [], {"kept": 0, "clipped": 0, "dropped": 0}
+    for t, frame_id in enumerate(frame_ids):
+        try:
+            _, (width, height) = lives.frame(frame_id)
+        except BadInput as error:
+            bad.append(str(error))
+            continue
+        for x1, y1, x2, y2, _ in boxes[t] if boxes else ():
+            outside = min(x2, width) <= max(x1, 0) or min(y2, height) <= max(y1, 0)
+            sticks = x1 < 0 or y1 < 0 or x2 > width or y2 > height
+            tally["dropped" if outside else "clipped" if sticks else "kept"] += 1
+    return len(frame_ids), bad, tally
+
+
+def _check_image(job):
+    lives, image_id = job
+    try:
+        lives.read("images", _safe_id(image_id, f"{lives.root}/images"))
+    except BadInput as error:
+        return str(error)
+
+
+def _check_partners(lives, problem, of):
+    """Ids of a test split that have to meet: clips, true images, galleries, titles, splits; and the counts in file names."""
+    known = set(lives.video_ids)
+    for video_id in lives.video_ids:
+        gallery = lives.galleries.get(live_of(video_id))
+        if lives.galleries and gallery is None:
+            problem("lives without a gallery", live_of(video_id))
+        elif lives.galleries and not set(lives.positives.get(video_id, ())) & set(gallery):
+            problem("clips whose true images are not in their gallery", video_id)
+        if video_id not in lives.asr:
+            problem("ids without a partner", f"{video_id}: no ASR row")
+    for (name, value), members in lives.members.items():
+        for video_id in sorted(members - known):
+            problem("ids without a partner", f"{lives.split}_{name}_{value}.txt: {video_id} is no clip")
+    shown = {i for gallery in lives.galleries.values() for i in gallery}
+    for kind, total in (("lives without a gallery", len(known)), ("clips whose true images are not in their gallery", len(known)),
+                        ("ids without a partner", len(known))):
+        of(kind, total)
+    print(f"{lives.split}: {len(lives.galleries)} galleries of {len(shown)} images, {sum(bool(lives.titles.get(i)) for i in shown)} with a title")
+    for name, entries in (("videoid_asr", lives.asr), ("image_title", lives.titles), ("videoid_to_gtimage", lives.positives),
+                          ("frameid2gtbox", lives.truth), ("liveid_to_gallery", lives.galleries)):
+        for path in (lives.root / "annotations").glob(f"{lives.split}_{name}_*"):
+            expected = path.stem.rpartition("_")[2]
+            print(f"    {path.name}: {len(entries)} entries" + (f", its name says {expected}" if expected.isdigit() else ""))
+
+
+# ------------------------------------------------------------------ getting the real data
+
+
+def link(download, root):
+    """img2dataset's output (numbered pictures, each with a JSON side file that holds its url) -> root/frames and root/images.
+
+    A picture's id is its url's last part; a frame's id ends in -start_ms-end_ms-index. Hard links, or symbolic ones across
+    devices; what is there already is left. A frame stored at another size keeps its side file. -> counts
+    """
+    done = {"linked": 0, "there before": 0, "failed to download": 0, "without an id": 0}
+    sides = (os.path.join(folder, name) for folder, _, names in os.walk(download) for name in sorted(names)
+             if name.endswith(".json") and not name.endswith("_stats.json"))
+    if not Path(download).is_dir():
+        raise BadInput(f"{download}: no such folder; expected what img2dataset wrote with --output_format files")
+    with tqdm(sides, unit="picture", desc=f"link {download}") as bar:
+        for side in bar:
+            picture = next((side[:-5] + end for end in (".jpg", ".png") if os.path.exists(side[:-5] + end)), None)
+            try:
+                about = json.loads(Path(side).read_text(encoding="utf-8"))
+                name = _safe_id(Path(str(about["url"]).split("?")[0]).stem, side)
+            except (ValueError, KeyError, TypeError, BadInput):
+                done["without an id"] += 1
+                continue
+            if picture is None:
+                done["failed to download"] += 1
+                continue
+            parts = name.rsplit("-", 3)
+            kind = "frames" if len(parts) == 4 and all(part.isdecimal() for part in parts[1:]) else "images"
+            target = Path(root) / kind / name[:2] / (name + picture[-4:])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            resized = kind == "frames" and (about.get("original_width"), about.get("original_height")) != (about.get("width"), about.get("height"))
+            new = [_link(source, end) for source, end in ((side, target.with_suffix(".json")), (picture, target)) if source == picture or resized]
+            done["linked" if new[-1] else "there before"] += 1
+            bar.set_postfix(done, refresh=False)
+    print(", ".join(f"{name}: {count}" for name, count in done.items()))
+    return done
+
+
+def _link(source, target):
+    """-> False when the target was there."""
+    if target.exists():
+        return False
+    try:
+        os.link(source, target)
+    except OSError:
+        os.symlink(os.path.abspath(source), target)
+    return True
+
+
+def movingfashion(source, root, processes=None):
+    """MovingFashion (train.json, test.json, videos/, imgs/) -> the LPR4M layout in `root`: a clip a video, a frame a second.
+
+    Frames are taken by the ffmpeg program; a video that was done before is left. All test images form one gallery. Each key of
+    the JSON files has img_path, video_paths and source (SEAM's README). A video that ffmpeg cannot read is counted and left out.
+    """
+    source, root = Path(source), Path(root)
+    if not shutil.which("ffmpeg"):
+        raise BadInput("movingfashion needs the program ffmpeg on PATH to cut videos into frames; install it (apt install ffmpeg)")
+    products = []
+    for split in ("train", "test"):
+        path = source / f"{split}.json"
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            products += [(split, str(key), entry["img_path"], list(entry["video_paths"])) for key, entry in entries.items()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{path}: expected {{key: {{img_path, video_paths, source}}}}: {type(error).__name__} {error}") from None
+    for folder in ("annotations", "frames", "images"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    jobs, rows = [], []
+    for number, (split, key, image, videos) in enumerate(products):
+        picture = _inside(source, image)
+        image_id = f"{split}-{_safe_id(key, f'{source}/{split}.json')}"
+        if picture.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+            raise BadInput(f"{source}/{split}.json: {key}: img_path: expected a .jpg or .png, found {image!r}")
+        _link(picture, root / "images" / f"{image_id}.{'png' if picture.suffix.lower() == '.png' else 'jpg'}")
+        for n, video in enumerate(videos):
+            video_id = f"movingfashion-{number}-{n}"
+            jobs.append((str(_inside(source, video)), str(root / "frames"), video_id))
+            rows.append((split, video_id, image_id))
+    with ThreadPool(max(1, processes or os.cpu_count())) as pool:
+        counts = list(tqdm(pool.imap(_cut_video, jobs), total=len(jobs), unit="video", desc=f"cut {source}"))
+    rows = [(*row, count) for row, count in zip(rows, counts) if count]
+    notes = root / "annotations"
+    with open(notes / "training_videoinfo_movingfashion.txt", "w", encoding="utf-8") as file:
+        for split, video_id, image_id, count in rows:
+            if split == "train":
+                frames = json.dumps([f"{video_id}-{t:04d}" for t in range(count)])
+                file.write("\t".join([video_id, frames, "[]", image_id, *[""] * 7]) + "\n")
+    test = [row for row in rows if row[0] == "test"]
+    gallery = [f"test-{key}" for split, key, *_ in products if split == "test"]
+    for name, text in {f"videoid_asr_{len(test)}.txt": "".join(f"{row[1]}\t\n" for row in test),
+                       f"videoid_to_gtimage_{len(test)}.json": json.dumps({row[1]: [row[2]] for row in test}),
+                       "liveid_to_gallery_1.json": json.dumps({"movingfashion": gallery})}.items():
+        for old in notes.glob(f"test_{name.rpartition('_')[0]}_*"):
+            old.unlink()
+        (notes / f"test_{name}").write_text(text, encoding="utf-8")
+    print(f"{len(rows)} videos of {len(jobs)} cut into {sum(counts)} frames; {len(jobs) - len(rows)} could not be read; "
+          f"{len(products)} shop images. Train with: python train.py --stage rice --view frame --data {root}")
+
+
+def _inside(source, name):
+    """A path that a file of the data names, which must not lead out of its folder."""
+    path = (source / str(name)).resolve()
+    if not path.is_relative_to(source.resolve()):
+        raise BadInput(f"{source}: {str(name)[:60]!r} leads out of the folder")
+    return path
+
+
+def _cut_video(job):
+    """One frame a second of a video into frames/VIDEO_ID-INDEX.jpg -> how many; 0 when ffmpeg cannot read it."""
+    video, frames, video_id = job
+    first = Path(frames) / f"{video_id}-0000.jpg"
+    if not first.exists():
+        with tempfile.TemporaryDirectory(dir=frames, prefix=".cut-") as work:
+            command = ["ffmpeg", "-v", "error", "-nostdin", "-i", f"file:{video}", "-vf", "fps=1", "-q:v", "3", "-start_number", "0",
+                       "-threads", "1", f"{work}/%04d.jpg"]
+            done = subprocess.run(command, capture_output=True)
+            names = sorted(os.listdir(work), reverse=True)         # the first frame comes last: when it is there, all are
+            if done.returncode or not names:
+                return 0
+            for name in names:
+                os.replace(f"{work}/{name}", f"{frames}/{video_id}-{name}")
+    count = 1
+    while os.path.exists(f"{frames}/{video_id}-{count:04d}.jpg"):
+        count += 1
+    return count
+
+
+# ------------------------------------------------------------------ the commands
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Livestream data in the LPR4M layout.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "render", help="render livestreams with boxes, shop images, titles and ASR", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.add_argument("dir", help="folder to write; must not exist")
+    parser = argparse.ArgumentParser(description="Livestream data in the LPR4M layout: render, check, convert.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name, text, *folders):
+        command = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for folder, about in folders:
+            command.add_argument(folder, help=about)
+        if name not in ("link", "dedup"):
+            command.add_argument("--processes", type=int, default=os.cpu_count(), help="processes at work")
+        return command
+
+    command = add("render", "render livestreams with boxes, shop images, titles and ASR", ("dir", "folder to write; must not exist"))
     for name, default, text in (
             ("seed", 0, "the same seed gives the same files"), ("lives", 72, "training lives"), ("val-lives", 4, "validation lives"),
             ("test-lives", 10, "test lives"), ("products", 24, "products of a training live"), ("clips", 28, "clips of a training live"),
             ("gallery", 50, "products (and clips) of a val or test live"), ("frames", 8, "frames of a clip, one a second"),
-            ("size", 96, "side of a frame in pixels"), ("categories", 8, f"how many of the {len(CATEGORIES)} categories; the first 8 are {', '.join(QUICKSTART)}"),
-            ("processes", os.cpu_count(), "processes that render")):
+            ("size", 96, "side of a frame in pixels"), ("categories", 8, f"how many of the {len(CATEGORIES)} categories; the first 8 are {', '.join(QUICKSTART)}")):
         command.add_argument(f"--{name}", type=int, default=default, help=text)
     command.add_argument("--decoys", choices=["natural", "same"], default="natural",
                          help="the other products in view: any of the live, or only those of the intended one's category (a stress test)")
+    here = ("dir", "data folder in the LPR4M layout")
+    add("check", "count what is in a data folder and list what is wrong; status 1 when more than 1 %% of anything is unusable", here)
+    add("link", "put what img2dataset downloaded into frames/ and images/", ("download", "img2dataset's output folder"), here)
+    add("movingfashion", "convert MovingFashion (needs the program ffmpeg)", ("source", "folder with train.json, test.json, videos/, imgs/"), here)
+    command = add("dedup", "list near-duplicate shop images; writes DIR/duplicates.txt, deletes nothing", here)
+    command.add_argument("--ckpt", required=True, help="a RICE checkpoint, whose image features are compared")
+    command.add_argument("--threshold", type=float, default=0.9, help="cosine above which two images are one")
     options = vars(parser.parse_args(argv))
-    del options["command"]
-    guarded(lambda: render(options.pop("dir"), **options))
+    name = options.pop("command")
+    if name == "render":
+        guarded(lambda: render(options.pop("dir"), **options))
+    elif name == "check":
+        sys.exit(int(guarded(check, options["dir"], options["processes"])))
+    elif name == "link":
+        guarded(link, options["download"], options["dir"])
+    elif name == "movingfashion":
+        guarded(movingfashion, options["source"], options["dir"], options["processes"])
+    else:
+        import eval as evaluation                      # the one look upstairs: features need a model
+        guarded(evaluation.duplicates, options["ckpt"], options["dir"], options["threshold"])
 
 
 if __name__ == "__main__":
-    main()
+    from data import main as command       # one module of this name, so that its errors are the ones that `guarded` knows
+    command()

@@ -737,6 +737,56 @@ def ap50(sample, weights):
     return 100 * np.where(at < len(order), np.take_along_axis(precision, at.clip(max=len(order) - 1), 1), 0).mean(1)
 
 
+# ------------------------------------------------------------------ near-duplicates
+
+
+@torch.no_grad()
+def duplicates(path, folder, threshold, block=2048):
+    """Groups of shop images whose feature cosine exceeds the threshold (supplement, section 5 (3)).
+
+    Compared blockwise: memory is the features and one block of cosines. Prints the groups and writes folder/duplicates.txt:
+    image to drop <tab> image it repeats; nothing is deleted. -> groups, lists of image ids
+    """
+    checkpoint, device = read_checkpoint(path), pick_device()
+    if checkpoint["config"]["stage"] != "rice" or not -1 <= threshold <= 1:
+        raise BadInput(f"--ckpt {path} --threshold {threshold}: expected a checkpoint of --stage rice and a cosine")
+    config, (model, tokenizer) = checkpoint["config"], restore(checkpoint, device)
+    lives = data.Lives.__new__(data.Lives)                         # only its pictures are wanted, whatever the split
+    lives.root, lives.titles = Path(folder), {}
+    ids = sorted(name[:-4] for _, _, names in os.walk(lives.root / "images") for name in names if name.endswith((".jpg", ".png")))
+    if not ids:
+        raise BadInput(f"{folder}/images: no .jpg and no .png")
+    shop = data.ImageSet(lives, tokenizer, config["size"], ids, "none")
+    batches = DataLoader(shop, batch_sampler=data.ShardSampler(range(len(ids)), 64), num_workers=config["workers"])
+    feature = torch.cat([model.encode_images(data.to_float(b["image"].to(device), data.CLIP), b["title"].to(device))[0]
+                         .masked_fill(torch.tensor([bool(bad) for bad in b["bad"]], device=device)[:, None], 0)
+                         for b in watch(batches, "features")])                                   # [M,D]
+    first = list(range(len(ids)))                                  # each image's group, named by its first image
+
+    def root(i):
+        while first[i] != i:
+            first[i] = first[first[i]]
+            i = first[i]
+        return i
+
+    for start in watch(range(0, len(ids), block), "compare"):
+        for low in range(start, len(ids), block):
+            cosine = feature[start:start + block] @ feature[low:low + block].T                   # [block,block]
+            for i, j in (cosine > threshold).nonzero().tolist():
+                a, b = sorted((root(start + i), root(low + j)))
+                first[b] = a
+    groups = {}
+    for i in range(len(ids)):
+        groups.setdefault(root(i), []).append(ids[i])
+    groups = [group for group in groups.values() if len(group) > 1]
+    for group in groups[:20]:
+        print("  ".join(group[:8]) + (f"  ... {len(group)} in all" if len(group) > 8 else ""))
+    listed = "".join(f"{again}\t{group[0]}\n" for group in groups for again in group[1:])
+    (lives.root / "duplicates.txt").write_text(listed, encoding="utf-8")
+    print(f"{len(ids)} images, {len(groups)} groups (20 shown at most), {sum(map(len, groups)) - len(groups)} to drop: {folder}/duplicates.txt")
+    return groups
+
+
 # ------------------------------------------------------------------ pictures
 
 COLOURS = {"sd": (230, 120, 20), "md": (20, 110, 230)}

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -393,3 +394,119 @@ def test_the_index_is_kept_and_made_again(tmp_path, livestreams):
     both = data.Lives(tmp_path / "copy", "train")
     assert len(both) == len(one) and both.clip(len(one) - 1).video_id == names[0]
     assert both.product[-1] == one.product[0] and set(both.live) == set(one.live)
+
+
+# ------------------------------------------------------------------ checking and converting
+
+
+def test_check_finds_everything_and_says_where(tmp_path, livestreams, capsys):
+    root = tmp_path / "lives"
+    shutil.copytree(livestreams, root)
+    assert data.check(root, processes=1) is False and "fit for use" in capsys.readouterr().out
+    path = root / "annotations" / "training_videoinfo_part_00.txt"
+    rows = [row.split("\t") for row in path.read_text().splitlines()]
+    rows[1] = rows[1][:9]                                                              # a column lost
+    rows[2][2] = "[[NaN, 1, 2, 3], [], [], []]"
+    rows[3][1] = "__import__('os').system('touch " + str(tmp_path / "owned") + "')"
+    rows[4][1] = json.dumps(["../../../etc/passwd"] * 4)
+    rows[5][2] = json.dumps([[-5, -5, 30, 30], [10, 10, 10, 40], [0, 0, 0, 0], [70, 70, 90, 90]])
+    rows[6][0] = rows[0][0]
+    path.write_bytes("\n".join("\t".join(row) for row in rows).encode() + b"\n" + "\t".join(["caf\xe9"] * 11).encode("latin-1") + b"\n")
+    test = data.Lives(root, "test")
+    (root / "frames" / f"{test.clip(0).frame_ids[0]}.jpg").write_bytes(b"broken")
+    (root / "images" / f"{test.clip(1).image_ids[0]}.jpg").unlink()
+    galleries = root / "annotations" / "test_liveid_to_gallery_2.json"
+    wanted = test.clip(2).image_ids[0]
+    galleries.write_text(galleries.read_text().replace(f'"{wanted}", ', "").replace(f', "{wanted}"', ""))
+    (root / "annotations" / "test_scale_small.txt").write_text("nobody-1-2\n")
+    assert data.check(root, processes=1) is True
+    said = capsys.readouterr().out
+    for text in (f"{path}:2: expected 11 columns", f"{path}:3: box list", f"{path}:4: frame_id list", f"{path}:5: frame_id list: '../../../etc",
+                 f"{path}:7: {rows[0][0]}", f"{path}:9: ", "not a readable JPEG", f"{wanted}"[:0] + "clips whose true images are not in their gallery: 1",
+                 "nobody-1-2 is no clip", "images: 1 of", "1 stick out", "2 without area or outside", "more than 1 %", "ASR on", "words"):
+        assert text in said, (text, said)
+    assert not (tmp_path / "owned").exists()
+    with pytest.raises(SystemExit, match="1"):
+        data.main(["check", str(root), "--processes", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        data.main(["check", str(tmp_path), "--processes", "1"])
+
+
+def test_img2dataset_output_becomes_the_layout(tmp_path, livestreams, capsys):
+    download, root = tmp_path / "download" / "00000", tmp_path / "lives"
+    download.mkdir(parents=True)
+    live = "7b601b02-2c63-11ee-bb6d-b8cef60c2fd0-1667916122888-1667916252390-0081"
+    pictures = sorted((livestreams / "images").iterdir())
+    for n, (url, status) in enumerate([(f"https://host/frames/{live}.jpg?sign=1", "success"), ("https://host/8471.jpg", "success"),
+                                       ("https://host/9.jpg", "failed_to_download"), ("https://host/..", "success")]):
+        side = {"url": url, "status": status, "width": 64, "height": 64, "original_width": 128, "original_height": 128}
+        (download / f"{n:09d}.json").write_text(json.dumps(side))
+        if status == "success":
+            shutil.copy(pictures[n], download / f"{n:09d}.jpg")
+    (download.parent / "00000_stats.json").write_text("{}")
+    (download / "000000009.json").write_text("not json")
+    assert data.link(download.parent, root) == {"linked": 2, "there before": 0, "failed to download": 1, "without an id": 2}
+    assert data.link(download.parent, root)["there before"] == 2
+    lives = data.Lives.__new__(data.Lives)
+    lives.root = root
+    image, size = lives.frame(live)
+    assert image.shape == (3, 64, 64) and size == (128, 128) and lives.read("images", "8471").shape == (3, 64, 64)
+    assert data.live_of(live.rpartition("-")[0]) == "7b601b02-2c63-11ee-bb6d-b8cef60c2fd0"
+    assert not list((root / "images").rglob("*.json"))
+
+
+def test_movingfashion_becomes_the_layout(tmp_path, livestreams, monkeypatch):
+    source = tmp_path / "mf"
+    (source / "imgs").mkdir(parents=True)
+    (source / "videos").mkdir()
+    frame = sorted((livestreams / "frames").iterdir())[0]
+    shutil.copy(frame, source / "imgs" / "a.jpg")
+    entry = {"img_path": "imgs/a.jpg", "video_paths": ["videos/v.mp4", "videos/broken.mp4"], "source": "net-a-porter"}
+    for split in ("train", "test"):
+        (source / f"{split}.json").write_text(json.dumps({"0": entry, "7": entry | {"video_paths": ["videos/v.mp4"]}}))
+    (source / "videos" / "broken.mp4").write_bytes(b"no video")
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        with pytest.raises(BadInput, match="ffmpeg"):
+            data.movingfashion(source, tmp_path / "lives")
+    if not shutil.which("ffmpeg"):
+        pytest.skip("the program ffmpeg is not installed")
+    subprocess.run(["ffmpeg", "-v", "error", "-loop", "1", "-i", str(frame), "-t", "4", "-r", "5", "-pix_fmt", "yuv420p",
+                    str(source / "videos" / "v.mp4")], check=True)
+    data.movingfashion(source, tmp_path / "lives", processes=2)
+    train, test = (data.Lives(tmp_path / "lives", split) for split in ("train", "test"))
+    assert len(train) == 2 and len(test) == 2 and set(train.lengths) == set(test.lengths) == {4}
+    assert test.galleries == {"movingfashion": ["test-0", "test-7"]} and test.clip(0).image_ids == ["test-0"] and test.clip(0).boxes is None
+    assert train.frame(train.clip(0).frame_ids[3])[0].shape == (3, 64, 64) and test.read("images", "test-7").shape == (3, 64, 64)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "lives" / "frames").iterdir()}
+    data.movingfashion(source, tmp_path / "lives", processes=1)                                         # again: nothing is cut twice
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "lives" / "frames").iterdir()}
+    (source / "test.json").write_text(json.dumps({"0": entry | {"img_path": "../../secret.jpg"}}))
+    with pytest.raises(BadInput, match="leads out"):
+        data.movingfashion(source, tmp_path / "lives")
+    (source / "test.json").write_text("[1]")
+    with pytest.raises(BadInput, match="test.json"):
+        data.movingfashion(source, tmp_path / "lives")
+
+
+def test_a_loader_does_not_grow(livestreams):
+    """2,000 samples, a new file each time: what a worker holds stays the same."""
+    lives = data.Lives(livestreams, "train")
+    samples = data.DetectionSet(lives, lives.categories, 1, (48, 64, 16), 100, True)
+    def used():
+        return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2 ** 20
+    sizes = []
+    for epoch in range(2200 // len(samples)):
+        for i in range(len(samples)):
+            samples[(epoch, i)]
+        sizes.append(used())
+    assert sizes[-1] - sizes[len(sizes) // 10] < 8                                                      # MiB
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"x\t" * 10 + b"[" * 2_000_000])
+def test_a_hopeless_training_file_is_one_line(tmp_path, content, capsys):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "training_videoinfo_0.txt").write_bytes(content)
+    with pytest.raises(BadInput, match="annotations"):
+        lives = data.Lives(tmp_path, "train")
+        lives.clip(0)
