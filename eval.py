@@ -496,11 +496,11 @@ def rank_live(model, tokenizer, config, lives, live, clips, sources, device):
 
     def encode_images(b):
         seen = torch.tensor([not bad for bad in b["bad"]], device=device)
-        return *model.encode_images(data.to_float(b["image"], data.CLIP), b["title"]), seen
+        return *model.encode_images(data.to_float(b["image"], data.CLIP), b["title"])[:2], seen
 
     def encode_clips(b):
         frames = data.to_float(b["frames"], data.CLIP)
-        return *model.encode_clips(frames, b["keep"], b["valid"], b["asr"]), b["valid"].any(1)
+        return *model.encode_clips(frames, b["keep"], b["valid"], b["asr"])[:3], b["valid"].any(1)
 
     shop = data.ImageSet(lives, tokenizer, config["size"], ids, config.get("text", "both"))
     image, image_tokens, readable = embed(encode_images, shop, range(len(ids)), config, device)  # [M,D], [M,1+P+1,W], [M]

@@ -332,35 +332,41 @@ class RICE(nn.Module):
         return self.logit_scale.exp().clamp(max=100)
 
     def encode_images(self, image, title):
-        """image [B,3,S,S], title [B,N] -> embedding [B,D] of length 1, tokens [B,1+P+1,W]: class, patches, text."""
+        """image [B,3,S,S], title [B,N] -> embedding [B,D] of length 1, tokens [B,1+P+1,W]: class, patches, text; and the
+        embedding without text [B,D]."""
         embedding, tokens = self.visual(image)                                                   # [B,D], [B,1+P,W]
-        text = self.text(title)                                                                  # [B,W]
-        embedding = F.normalize(F.normalize(embedding, dim=-1) + self.text_proj(text), dim=-1)   # [B,D]
-        return embedding, torch.cat([tokens, text[:, None]], 1)                                  # [B,D], [B,1+P+1,W]
+        text, seen = self.text(title), F.normalize(embedding, dim=-1)                            # [B,W], [B,D]
+        embedding = F.normalize(seen + self.text_proj(text), dim=-1)                             # [B,D]
+        return embedding, torch.cat([tokens, text[:, None]], 1), seen                            # [B,D], [B,1+P+1,W], [B,D]
 
     def encode_clips(self, frames, keep, valid, asr):
-        """frames [B,T,3,S,S], keep [B,T,P], valid [B,T], asr [B,N] -> embedding [B,D], tokens [B,R,W], padding [B,R].
+        """frames [B,T,3,S,S], keep [B,T,P], valid [B,T], asr [B,N] -> embedding [B,D], tokens [B,R,W], padding [B,R]; and
+        the embedding without text [B,D].
 
         R = T*(1+P) + 1: each frame's class token and patches, then the text. The embedding is the mean over valid frames.
         """
         B, T = valid.shape
         embedding, tokens = self.visual(frames.flatten(0, 1), keep.flatten(0, 1))                # [B*T,D], [B*T,1+P,W]
         embedding = F.normalize(embedding, dim=-1).view(B, T, -1) * valid[..., None]             # [B,T,D]
-        text = self.text(asr)                                                                    # [B,W]
-        embedding = F.normalize(embedding.sum(1), dim=-1) + self.text_proj(text)                 # [B,D]
+        text, seen = self.text(asr), F.normalize(embedding.sum(1), dim=-1)                       # [B,W], [B,D]
+        embedding = seen + self.text_proj(text)                                                  # [B,D]
         tokens = torch.cat([tokens.reshape(B, -1, tokens.shape[-1]), text[:, None]], 1)          # [B,R,W]
         here = (F.pad(keep, (1, 0), value=True) & valid[..., None]).flatten(1)                   # [B,T*(1+P)]
-        return F.normalize(embedding, dim=-1), tokens, F.pad(~here, (0, 1), value=False)         # [B,D], [B,R,W], [B,R]
+        return F.normalize(embedding, dim=-1), tokens, F.pad(~here, (0, 1), value=False), seen   # [B,D], [B,R,W], [B,R], [B,D]
 
     def forward(self, image, title, frames, keep, valid, asr):
         """Both views of B pairs: what encode_images and what encode_clips gives; their embeddings' product is the ranking."""
         return self.encode_images(image, title), self.encode_clips(frames, keep, valid, asr)
 
     def loss(self, batch):
-        """A batch of collate_pairs (pictures as normalised floats; "seed" of this step's draw) -> loss and its terms."""
+        """A batch of PairSet (pictures as normalised floats; "seed" of this step's draw) -> loss and its terms.
+
+        ICL is asked for with and without the text: words would else spare the pictures the learning.
+        """
         views = self(*(batch[name] for name in ("image", "title", "frames", "keep", "valid", "asr")))
-        (image, image_tokens), (clip, clip_tokens, padding) = views                              # [B,D], [B,Q,W], [B,D], [B,R,W]
-        loss = icl_loss(clip, image, self.scale(), batch["product"])
+        (image, image_tokens, shop_seen), (clip, clip_tokens, padding, clip_seen) = views        # [B,D], [B,Q,W], [B,D], [B,R,W]
+        loss = (icl_loss(clip, image, self.scale(), batch["product"])
+                + icl_loss(clip_seen, shop_seen, self.scale(), batch["product"])) / 2
         terms = {"icl": loss.detach(), "scale": self.scale().detach()}
         if "pmd" in self.losses:
             pairs, real = self._candidates(image, clip, batch["product"], batch["seed"])         # [B,1+n], [B,n]

@@ -116,10 +116,10 @@ def batch(B=4, T=3, pad=False):
 
 def test_every_parameter_learns_and_shapes_hold():
     m, b = model(), batch()
-    embedding, tokens = m.encode_images(b["image"], b["title"])
-    assert embedding.shape == (4, 24) and tokens.shape == (4, 1 + 9 + 1, 32)
-    embedding, tokens, padding = m.encode_clips(b["frames"], b["keep"], b["valid"], b["asr"])
-    assert embedding.shape == (4, 24) and tokens.shape == (4, 3 * 10 + 1, 32) and padding.shape == (4, 31)
+    embedding, tokens, seen = m.encode_images(b["image"], b["title"])
+    assert embedding.shape == seen.shape == (4, 24) and tokens.shape == (4, 1 + 9 + 1, 32)
+    embedding, tokens, padding, seen = m.encode_clips(b["frames"], b["keep"], b["valid"], b["asr"])
+    assert embedding.shape == seen.shape == (4, 24) and tokens.shape == (4, 3 * 10 + 1, 32) and padding.shape == (4, 31)
     loss, terms = m.loss(b)
     loss.backward()
     assert set(terms) == {"icl", "pmd", "pfr", "scale"}
