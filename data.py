@@ -31,6 +31,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -137,6 +138,7 @@ def _boxes(entry, category, where):
 
 
 ROW = np.dtype([("offset", "i8"), ("product", "i8"), ("live", "i8"), ("row", "i4"), ("length", "i4"), ("annotated", "?")])   # 33 bytes a clip
+ROW_BYTES = struct.Struct("=qqqii?")
 
 
 def _index(path, complain=None):
@@ -152,8 +154,7 @@ def _index(path, complain=None):
                 return saved["rows"], {int(raw): str(name) for raw, name in zip(saved["ids"], saved["names"])}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass                                                     # none, or a torn one: it is made again
-    columns_of = {name: array(code) for name, code in zip(ROW.names, "qqqiib")}
-    categories, offset = {}, 0
+    packed, categories, offset = bytearray(), {}, 0
     with open(path, "rb") as file, tqdm(total=stamp[0], unit="B", unit_scale=True, desc=f"index {path.name}", delay=2, leave=False) as bar:
         for row, line in enumerate(file, 1):
             columns, start, wrong = line.rstrip(b"\r\n").split(b"\t"), offset, ""
@@ -167,21 +168,16 @@ def _index(path, complain=None):
             if wrong:
                 complain(wrong)
                 continue
-            columns_of["row"].append(row)
-            columns_of["offset"].append(start)
-            columns_of["product"].append(_number(columns[3].strip()))
-            columns_of["live"].append(_number(columns[0].rsplit(b"-", 2)[0]))
-            columns_of["length"].append(columns[1].count(b",") + (columns[1].strip(b" []") != b""))
             # A box list of [] was never annotated: no detector may learn from it that nothing is there.
-            columns_of["annotated"].append(len(columns[2]) > 8 or columns[2].translate(None, b" ") not in (b"", b"[]"))
+            annotated = len(columns[2]) > 8 or columns[2].translate(None, b" ") not in (b"", b"[]")
+            packed += ROW_BYTES.pack(start, _number(columns[3].strip()), _number(columns[0].rsplit(b"-", 2)[0]), row,
+                                     columns[1].count(b",") + (columns[1].strip(b" []") != b""), annotated)
             raw = columns[5].strip()
             if raw and int(raw) not in categories:
                 categories[int(raw)] = columns[6].decode(errors="replace")
             if row % 1000 == 0:
                 bar.update(offset - bar.n)
-    rows = np.empty(len(columns_of["offset"]), ROW)
-    for name, column in columns_of.items():
-        rows[name] = column
+    rows = np.frombuffer(packed, ROW)
     if complain:
         return rows, categories
     try:
