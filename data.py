@@ -50,7 +50,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-# torchvision's decoder is the fastest there is for JPEG; since 0.29 every call announces its successor, another package.
+# torchvision's decoder is the fastest of those at hand for JPEG (540 x 960 to 480: 3.3 ms of one core with the resize, Pillow's
+# draft mode 8.6; to 224: 3.5 and 3.7); since 0.29 every call announces its successor, another package.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision are deprecated")
 
 SPLITS = {"scale": ("small", "medium", "large"), "duration": ("short", "medium", "long"),

@@ -443,6 +443,8 @@ def show_table_1(results, counts, markdown=False):
     rows = [(f"{LABELS[m]}, {view}", *r[view].values()) for view in ("class-agnostic", "per category")
             for m, r in results.items() if r[view]["AP"] is not None]
     print(table(("", *COLUMNS_1), rows + [(f"paper's {name}", *values) for name, values in PAPER_1.items()], markdown))
+    if results["sd"]["per category"]["AP"] is None:
+        print("The true boxes do not tell their category: class-agnostic AP only.")
     kinds = results["sd"]["kinds"]
     rows = [(LABELS[m], r["hit"], *(r["kinds"][k]["hit"] for k in kinds), r["category"]) for m, r in results.items()]
     rows += [(f"{LABELS[m]}, mean score", None, *(r["kinds"][k]["score"] for k in kinds), None) for m, r in results.items() if kinds]
