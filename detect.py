@@ -344,7 +344,8 @@ class SD(nn.Module):
         """Mean squared error of the 3 x 3 pixels that each query paints of its box: contents [B,N,C], boxes [B,N,4], valid [B]."""
         scale = torch.tensor(frames.shape[:1:-1] * 2, device=boxes.device)
         extent = box_convert(boxes.detach().float(), "cxcywh", "xyxy") * scale                   # [B,N,4]
-        pixels = roi_align(frames, list(extent), 3).flatten(1)                                   # [B*N,27]
+        # A diverged run is reported by the loop, not here.
+        pixels = roi_align(frames, list(extent.nan_to_num(0)), 3).flatten(1)                     # [B*N,27]
         error = (self.looks_embed(contents).flatten(0, 1).float() - pixels).square().mean(1)     # [B*N]
         return (error.view(len(frames), -1).mean(1) * valid).sum() / share_of_all(valid.sum())
 

@@ -9,16 +9,22 @@ Data flow:  configuration -> prepare(stage): model, samples, order -> the loop -
             -> eval.evaluate -> RUN/results.json.  A run that was stopped goes on where it stood, by the same command.
 """
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
+import signal
+import sys
+import threading
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -58,6 +64,7 @@ class Config:
     steps: int = option(0, "optimisation", "training steps; 0: as many as --epochs makes", low=0)
     epochs: float = option(20.0, "optimisation", "passes over the samples (frames for sd, clips for md and rice)")
     batch: int = option(64, "optimisation", "samples a step over all processes: frames (sd), clips (md, rice)")
+    accum: int = option(1, "optimisation", "parts a process works through a step's batch in, to save memory; ICL then sees its part only")
     lr: float = option(1e-4, "optimisation", "peak learning rate")
     backbone_lr: float = option(1e-5, "optimisation", "the same for SD's backbone and RICE's image encoder")
     weight_decay: float = option(1e-4, "optimisation", "AdamW's weight decay")
@@ -326,16 +333,15 @@ def train(config, rank, world, device):
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     saved = evaluation.read_checkpoint(path) if path.exists() else None
-    if saved and saved["step"] == saved["config"]["steps"] and not differences(config, saved["config"]):
-        base = Path(config.detectors) / ("sd.pt" if config.stage == "md" else f"{config.boxes}.pt")
-        if "base" in saved and base.exists() and evaluation.fingerprint(evaluation.read_checkpoint(base)) != saved["base"]:
-            raise BadInput(f"{path} was trained on another {base.name} than the one that is there now; "
-                           "remove it, or give --out for a new run")
+    if saved and complete(config, saved, path):
         return False
+    if config.eval_every:
+        data.Lives(config.data, "val")                                            # tells now what is missing, not hours later
     model, kept, samples, order, collate = prepare(config, device, saved)
     config.steps = config.steps or max(1, int(config.epochs * len(samples) / config.batch))
-    if config.batch % world:
-        raise BadInput(f"--batch {config.batch} is that of all processes together; it must be a multiple of their number, {world}")
+    if config.batch % (world * config.accum):
+        raise BadInput(f"--batch {config.batch} is that of all processes together; it must be a multiple of their number, {world}, "
+                       f"times --accum {config.accum}")
     if saved:
         changed = differences(config, saved["config"])
         changed += [name for name in ("categories", "base") if saved.get(name) != kept.get(name)]
@@ -347,39 +353,33 @@ def train(config, rank, world, device):
         if rank == 0:
             print(said)
     model.to(device).train()
-    groups = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[name.startswith(("backbone.", "visual."))].append(parameter)
-    rates = [{"params": groups[True], "peak": config.backbone_lr}, {"params": groups[False], "peak": config.lr}]
-    optimizer = torch.optim.AdamW(rates, weight_decay=config.weight_decay, fused=True)
-    start, kept["best"] = 0, -1.0
+    optimizer = optimizer_of(model, config)
+    start, kept["best"], kept["versions"] = 0, -1.0, {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start, kept["best"] = saved["step"], saved.get("best", -1.0)
-        if rank == 0 and log.exists():                 # lines that the stopped run wrote after its last checkpoint
-            lines = log.read_text().splitlines(True)
-            log.write_text("".join(lines[:sum(step_of(line) <= start for line in lines)]))
-    elif rank == 0:
-        log.write_text("")
+    if rank == 0:                                      # without lines that a stopped run wrote after its last checkpoint
+        lines = log.read_text().splitlines(True) if saved and log.exists() else []
+        log.write_text("".join(line for line in lines if step_of(line) <= start))
     wrapped, bad = Step(model), {}                                                # bad: clip -> why it cannot be read
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None, broadcast_buffers=False)
     sampler = data.StepSampler(order, config.batch, config.steps, start, config.seed, rank, world)
     batches = DataLoader(samples, batch_sampler=sampler, num_workers=config.workers, collate_fn=collate,
                          pin_memory=device.type == "cuda")
-    with tqdm(total=config.steps * config.batch, initial=start * config.batch, desc=f"train {config.stage}",
-              unit="frame" if config.stage == "sd" else "clip", mininterval=1, disable=rank > 0) as bar:
+
+    def state(step):
+        return {"config": vars(config), "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | kept
+
+    with Signals() as signals, tqdm(total=config.steps * config.batch, initial=start * config.batch, desc=f"train {config.stage}",
+                                    unit="frame" if config.stage == "sd" else "clip", mininterval=1, disable=rank > 0) as bar:
         for step, batch in enumerate(batches, start):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, config)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, terms = wrapped(ready(batch, config, device, step))
-            optimizer.zero_grad()
-            loss.backward()
+            loss, terms = forward_backward(wrapped, optimizer, batch, config, device, step, world)
             norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
-            broken = stop_together(loss, terms, norm, model, step, batch, samples.lives, rank, world)
+            broken, stop = stop_together(loss, terms, norm, model, step, batch, samples.lives, rank, world, signals)
             for clip, reason in broken:
                 bad.setdefault(clip, reason)
             if len(bad) > 0.01 * len(samples.lives):
@@ -393,24 +393,110 @@ def train(config, rank, world, device):
             if log_it:
                 line = report(loss, terms, norm, world)
                 bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "norm"} | ({"bad": len(bad)} if bad else {}))
-            if log_it and rank == 0:
-                write_line(log, {"step": step + 1, "lr": config.lr * learning_rate(step, config)} | line)
-            state = {"config": vars(config), "step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | kept
+                if rank == 0:
+                    write_line(log, {"step": step + 1, "lr": config.lr * learning_rate(step, config)} | line)
             if judge_it:
-                value = evaluation.validate(model, state, config.detectors, device)
+                value = evaluation.validate(model, state(step + 1), config.detectors, device)
                 kept["best"], before = max(kept["best"], *value.values()), kept["best"]
                 if rank == 0:
                     tqdm.write(f"{config.stage}, step {step + 1} of {config.steps}, {bar.format_dict['elapsed'] / 60:.1f} minutes: val {value}")
                     write_line(log, {"step": step + 1} | value)
                     if kept["best"] > before:
-                        save(path.with_name(f"{config.stage}-best.pt"), state | kept)
-            if save_it and rank == 0:
-                save(path, state | kept)
+                        save(path.with_name(f"{config.stage}-best.pt"), state(step + 1))
+            if (save_it or stop) and rank == 0:
+                save(path, state(step + 1))
+            if stop:
+                raise Stopped(f"{path} holds step {step + 1} of {config.steps}", signals.code())
     if bad and rank == 0:
         print(f"{config.stage}: {len(bad)} of {len(samples.lives)} clips could not be read and were skipped; the first: {next(iter(bad.values()))}")
     if world > 1:
         dist.barrier()
     return True
+
+
+def complete(config, saved, path):
+    """Whether a checkpoint is that of this very run's last step; BadInput when it was trained on a detector that is gone."""
+    if saved["step"] != saved["config"]["steps"] or differences(config, saved["config"]):
+        return False
+    base = Path(config.detectors) / ("sd.pt" if config.stage == "md" else f"{config.boxes}.pt")
+    if "base" in saved and base.exists() and evaluation.fingerprint(evaluation.read_checkpoint(base)) != saved["base"]:
+        raise BadInput(f"{path} was trained on another {base.name} than the one that is there now; "
+                       "remove it, or give --out for a new run")
+    return True
+
+
+def optimizer_of(model, config):
+    """AdamW; the backbone (SD) and the image encoder (RICE) have a learning rate of their own."""
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith(("backbone.", "visual."))].append(parameter)
+    rates = [{"params": groups[True], "peak": config.backbone_lr}, {"params": groups[False], "peak": config.lr}]
+    return torch.optim.AdamW(rates, weight_decay=config.weight_decay, fused=True)
+
+
+def forward_backward(wrapped, optimizer, batch, config, device, step, world):
+    """The gradient of one step's batch, in --accum parts one after the other; -> loss and terms.
+
+    A detector's loss is a sum over boxes divided by their number in the part, on all processes; times that number over the
+    whole batch's it adds up to the loss of the batch at once. (The auxiliary losses of --dense have counts of their own, so
+    there it is near, not equal.) ICL and the PMD meet only the clips of their part: the gradient is the mean over smaller
+    batches with fewer negatives, which is another loss. What is kept is memory and the number of steps.
+    """
+    optimizer.zero_grad()
+    parts = [{name: value[part] for name, value in batch.items()} for part in slices(len(batch["clip"]), config.accum)]
+    count = torch.tensor([(part["labels"] >= 0).sum().float() if "labels" in part else 1.0 for part in parts], device=device)
+    if world > 1 and config.accum > 1:
+        dist.all_reduce(count)
+    share = count.clamp(min=1) / count.sum().clamp(min=1) if config.accum > 1 else [1.0]
+    total, sums = 0.0, {}
+    for n, part in enumerate(parts):
+        alone = n + 1 < len(parts) and world > 1                                 # gradients meet once, after the last part
+        with wrapped.no_sync() if alone else contextlib.nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss, terms = wrapped(ready(part, config, device, step * config.accum + n))
+                loss = loss * share[n]
+            loss.backward()
+        total = total + loss.detach()
+        sums = {name: sums.get(name, 0.0) + value * share[n] for name, value in terms.items()}
+    return total, sums
+
+
+def slices(count, parts):
+    """`count` rows cut into equal stretches."""
+    return [slice(n * count // parts, (n + 1) * count // parts) for n in range(parts)]
+
+
+class Stopped(Exception):
+    """A run that was told to stop has saved its state; the text says where it stands."""
+
+    def __init__(self, text, code):
+        super().__init__(text)
+        self.code = code
+
+
+class Signals:
+    """Ctrl-C and SIGTERM (what a scheduler or torchrun sends) are noted, so that the step in hand is finished and saved.
+
+    A second one ends the process at once.
+    """
+
+    def __enter__(self):
+        self.seen, self.before = [], {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, _):
+        self.seen.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def code(self):
+        return 128 + (self.seen[0] if self.seen else signal.SIGTERM)
 
 
 def write_line(log, line):
@@ -426,20 +512,20 @@ def step_of(line):
         return math.inf
 
 
-def stop_together(loss, terms, norm, model, step, batch, lives, rank, world):
+def stop_together(loss, terms, norm, model, step, batch, lives, rank, world, signals):
     """End the run on all processes when one's loss is not finite, before the bad step changes a weight; say where.
 
-    -> (clip, reason) of what no process could read in this step, the same list on all of them.
+    -> (clip, reason) of what no process could read in this step, and whether one was told to stop: the same on all of them.
     """
     wrong = torch.stack([loss.detach(), norm]).isfinite().logical_not().any()
     unread = [(int(clip), reason) for clip, reason in zip(batch["clip"], batch["bad"]) if reason]
-    flags = torch.stack([wrong.float(), torch.tensor(float(len(unread)), device=wrong.device)])
+    flags = torch.tensor([float(wrong), len(unread), len(signals.seen)], device=wrong.device)
     if world > 1:
         dist.all_reduce(flags)                          # every process learns what one has met, so all take the same way
     if flags[1] > 0:
         unread = [pair for part in evaluation.everyones(unread) for pair in part]
     if not flags[0]:
-        return unread
+        return unread, bool(flags[2])
     tensors = [(f"weight {name}", p) for name, p in model.named_parameters()]
     tensors += [(f"gradient of {name}", p.grad) for name, p in model.named_parameters() if p.grad is not None]
     first = next((name for name, value in tensors if not value.isfinite().all()), "no weight and no gradient")
@@ -460,9 +546,19 @@ def report(loss, terms, norm, world):
 
 
 def save(path, checkpoint):
-    """Written whole or not at all: a process that dies here leaves the checkpoint before this one."""
-    torch.save(checkpoint, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    """Written whole or not at all: a process that dies here, or a full disk, leaves the checkpoint before this one."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    try:
+        with open(f"{path}.part", "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.part", path)
+    except OSError as error:
+        Path(f"{path}.part").unlink(missing_ok=True)
+        raise BadInput(f"{path}: cannot be written: {error.strerror}; the file that was there before is whole; make room, and the same "
+                       "command goes on from it") from None
 
 
 def differences(config, saved):
@@ -522,6 +618,9 @@ def main(argv=None):
                            help=f"{item.metadata['help']} [{'all' if item.name == 'stage' else item.default}]")
     try:
         data.guarded(run, vars(parser.parse_args(argv)))
+    except Stopped as stopped:
+        print(f"stopped: {stopped}; the same command goes on from there", file=sys.stderr)
+        sys.exit(stopped.code)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
