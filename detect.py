@@ -336,14 +336,13 @@ class SD(nn.Module):
         loss, terms = detection_loss(self.class_embed(contents), predicted, labels, boxes, valid)
         if self.dense:
             dense = self._dense_loss(memory, padding, labels, boxes)
-            looks = self._looks_loss(contents[-1], predicted[-1], frames, valid)
+            looks = self._looks_loss(contents[-1], predicted[-1], frames, padding, valid)
             loss, terms = loss + self.dense * (dense + looks), terms | {"dense": dense.detach(), "looks": looks.detach()}
         return loss, terms
 
-    def _looks_loss(self, contents, boxes, frames, valid):
+    def _looks_loss(self, contents, boxes, frames, padding, valid):
         """Mean squared error of the 3 x 3 pixels that each query paints of its box: contents [B,N,C], boxes [B,N,4], valid [B]."""
-        scale = torch.tensor(frames.shape[:1:-1] * 2, device=boxes.device)
-        extent = box_convert(boxes.detach().float(), "cxcywh", "xyxy") * scale                   # [B,N,4]
+        extent = box_convert(boxes.detach().float(), "cxcywh", "xyxy") * picture_size(padding)[:, None].repeat(1, 1, 2)  # [B,N,4]
         # A diverged run is reported by the loop, not here.
         pixels = roi_align(frames, list(extent.nan_to_num(0)), 3).flatten(1)                     # [B*N,27]
         error = (self.looks_embed(contents).flatten(0, 1).float() - pixels).square().mean(1)     # [B*N]
@@ -353,8 +352,7 @@ class SD(nn.Module):
         """Cross-entropy of the category of each token in the middle 70 % of a box: memory [B,S,C] -> a number."""
         h = round(math.sqrt(memory.shape[1] * padding.shape[1] / padding.shape[2]))
         w = memory.shape[1] // h
-        real = (~padding).float()
-        extent = torch.stack([real.amax(1).sum(1), real.amax(2).sum(1)], -1)                      # [B,2] width, height
+        extent = picture_size(padding)                                                            # [B,2]
         place = torch.cartesian_prod((torch.arange(h, device=memory.device) + 0.5) / h,
                                      (torch.arange(w, device=memory.device) + 0.5) / w).flip(-1)  # [S,2] x, y
         place = place * torch.tensor(padding.shape[:0:-1], device=memory.device) / extent[:, None]  # [B,S,2] of the picture
@@ -362,6 +360,12 @@ class SD(nn.Module):
         image, token, target = (inside & (labels >= 0)[:, None]).nonzero(as_tuple=True)          # [positive] each
         logits = self.dense_embed(memory[image, token]).float()                                  # [positive,K]
         return F.cross_entropy(logits, labels[image, target], reduction="sum") / share_of_all(labels.new_tensor(len(image)))
+
+
+def picture_size(padding):
+    """Width and height of each picture without its padding: [B,H,W] -> [B,2], pixels."""
+    real = (~padding).float()
+    return torch.stack([real.amax(1).sum(1), real.amax(2).sum(1)], -1)
 
 
 def _share_box_head(model, state, prefix, *_):
