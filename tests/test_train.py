@@ -7,8 +7,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +83,96 @@ def test_two_processes_take_the_same_steps(run_one, run_two):
                 # The first step starts from the same weights; AdamW then magnifies rounding where a gradient is nearly zero.
                 near = 2e-5 if one["step"] == 1 and stage == "sd" else 5e-4
                 assert two[name] == pytest.approx(one[name], rel=near, abs=1e-6), (stage, name)
+
+
+def test_one_step_is_the_same_on_any_number_of_processes(run_one, livestreams, tmp_path):
+    """The same global batch of 8: loss and every gradient on 1, 2 and 4 gloo processes, for SD, MD, ICL, PMD and PFR."""
+    flags = flags_of(SMALL)
+    cases = "sd+md+icl+icl,pmd+icl,pmd,pfr"
+    for processes in (1, 2, 4):
+        done = torchrun("tests/gradients.py", cases, livestreams, run_one, tmp_path / str(processes), json.dumps(flags), processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for case in cases.split("+"):
+        one, *others = (torch.load(tmp_path / f"{n}-{case}.pt", weights_only=True) for n in (1, 2, 4))
+        for other in others:
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-5), case
+            assert other["gradients"].keys() == one["gradients"].keys()
+            whole = torch.cat([g.flatten() for g in one["gradients"].values()]).norm()
+            for name, gradient in one["gradients"].items():
+                near = 1e-5 * max(gradient.norm(), 1e-2 * whole)                       # a gradient near zero is rounding alone
+                assert (other["gradients"][name] - gradient).norm() <= near, (case, name)
+
+
+def test_a_batch_in_parts_is_the_batch(livestreams, tmp_path):
+    given = {"data": str(livestreams), "out": str(tmp_path)} | flags_of(SMALL) | {"dense": 0.0}
+    gradients = []
+    for accum in (1, 2, 4):
+        config = train.configure(given | {"accum": accum}, "sd")
+        torch.manual_seed(0)
+        model, _, samples, _, collate = train.prepare(config, torch.device("cpu"), None)
+        batch = collate([samples[(0, i)] for i in range(8)])
+        loss, terms = train.forward_backward(train.Step(model), train.optimizer_of(model, config), batch, config, torch.device("cpu"), 0, 1)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad] + [loss[None]]))
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+def start(*command, **more):
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def wait_for(path, process, seconds=60):
+    end = time.time() + seconds
+    while not path.exists() and process.poll() is None and time.time() < end:
+        time.sleep(0.05)
+    assert path.exists(), process.communicate(timeout=10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(livestreams, tmp_path, number):
+    flags = ["--stage", "sd", "--data", str(livestreams), *SMALL, "--steps", "30"]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    command = ["train.py", *flags, "--out", tmp_path / "cut", "--save-every", "3"]
+    process = start(*command)
+    wait_for(tmp_path / "cut" / "sd.pt", process)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    stopped = evaluation.read_checkpoint(tmp_path / "cut" / "sd.pt")
+    if process.returncode == 128 + number:                                            # unless it was done before it heard
+        assert "the same command goes on" in error and f"step {stopped['step']} of 30" in error and stopped["step"] < 30
+    process = start(*command)
+    assert process.communicate(timeout=100) and process.returncode == 0
+    one, two = (evaluation.read_checkpoint(tmp_path / part / "sd.pt") for part in ("whole", "cut"))
+    assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+    assert (tmp_path / "whole" / "sd.jsonl").read_text() == (tmp_path / "cut" / "sd.jsonl").read_text()
+
+
+def test_a_killed_process_is_started_again_from_the_last_checkpoint(livestreams, tmp_path):
+    """torchrun --max-restarts: one of two processes is killed; the job ends with the weights of a job that was left alone."""
+    flags = ["--stage", "sd", "--data", str(livestreams), *SMALL, "--steps", "40", "--save-every", "5"]
+    assert torchrun("train.py", *flags, "--out", tmp_path / "whole").returncode == 0
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "3", "train.py", *flags, "--out", tmp_path / "cut")
+    wait_for(tmp_path / "cut" / "sd.pt", process, 90)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error[-2000:]
+    one, two = (evaluation.read_checkpoint(tmp_path / part / "sd.pt") for part in ("whole", "cut"))
+    assert two["step"] == 40 and all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
+    code = f"""
+import resource, torch, train, data
+path = {str(tmp_path / 'sd.pt')!r}
+train.save(path, {{"step": 1, "model": torch.zeros(10)}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+data.guarded(train.save, path, {{"step": 2, "model": torch.zeros(100_000)}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert torch.load(tmp_path / "sd.pt", weights_only=True)["step"] == 1 and os.listdir(tmp_path) == ["sd.pt"]
 
 
 def same(ours, theirs):
