@@ -2,6 +2,10 @@
 
     python data.py render runs/livestreams                    the quickstart's data (half a minute on two cores)
     python data.py render DIR --seed 1 --lives 200 --categories 34 --size 160
+    python data.py check DIR                              what is in a folder, and what is wrong with it, by file and row
+    python data.py link DOWNLOAD DIR                      img2dataset's output -> frames/ and images/
+    python data.py movingfashion SOURCE DIR               MovingFashion -> this layout (needs the program ffmpeg)
+    python data.py dedup DIR --ckpt runs/tiny/rice.pt     near-duplicate shop images
 
     DIR/annotations/training_videoinfo_*.txt       a clip a row, 11 columns by tab: video_id, frame_id list, box list,
                                                    image_id, title, category id, category name, ASR, scale, duration, number
@@ -14,6 +18,7 @@
     DIR/annotations/SPLIT_frameid2kind_*.json          {frame_id: kind}, only in rendered data
     DIR/annotations/SPLIT_case_{two-in-view,near-identical}.txt    video ids, only in rendered data
     DIR/frames/FRAME_ID.jpg    DIR/images/IMAGE_ID.jpg     (or .png; or one level down, in FRAME_ID[:2]/)
+    DIR/frames/FRAME_ID.json   img2dataset's side file: original_width, original_height of a frame that was stored smaller
 
     video_id = live_id-start_ms-end_ms,  frame_id = video_id-index.  A live id may hold hyphens itself.
 
@@ -219,6 +224,13 @@ class Lives:
         self._index_training(complain) if split == "train" else self._read_test()
         if not len(self):
             raise BadInput(f"{self.root}/annotations: no clips in the {split} split")
+
+    @classmethod
+    def pictures(cls, root):
+        """A folder of which only the pictures are wanted, whatever its annotations."""
+        lives = cls.__new__(cls)
+        lives.root, lives.titles = Path(root), {}
+        return lives
 
     def __len__(self):
         return len(self.lengths)
@@ -1209,8 +1221,7 @@ def check(root, processes=None):
                   f"{int((lives.frame_counts > 0).sum())} clips annotated; " + "; ".join(
                       f"{name} on {100 * some / max(1, len(lives)):.1f} %, {words / max(1, some):.1f} words" for name, (some, words) in texts.items()))
             print("".join(f"    {name}: {count}\n" for name, count in sorted(counts.items())), end="")
-        lives = Lives.__new__(Lives)
-        lives.root = root
+        lives = Lives.pictures(root)
         for text in tqdm(pool.imap_unordered(_check_image, ((lives, i) for i in images), chunksize=64), total=len(images), unit="image", desc="check images"):
             if text:
                 problem("images", text)

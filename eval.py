@@ -2,6 +2,7 @@
 
     python eval.py --ckpt runs/tiny/md.pt                      the checkpoint knows its stage, data and configuration
     python eval.py --ckpt runs/tiny/rice.pt --json rice.json
+    python eval.py --ckpt runs/rand?/rice.pt runs/s?/rice.pt --markdown        a row per configuration, mean over seeds, differences
     torchrun --nproc_per_node 8 eval.py --ckpt runs/paper/md.pt --data LPR4M
 
 Data flow:  checkpoint -> model -> one box a frame for every frame of the split -> AP
@@ -753,8 +754,7 @@ def duplicates(path, folder, threshold, block=2048):
     if checkpoint["config"]["stage"] != "rice" or not -1 <= threshold <= 1:
         raise BadInput(f"--ckpt {path} --threshold {threshold}: expected a checkpoint of --stage rice and a cosine")
     config, (model, tokenizer) = checkpoint["config"], restore(checkpoint, device)
-    lives = data.Lives.__new__(data.Lives)                         # only its pictures are wanted, whatever the split
-    lives.root, lives.titles = Path(folder), {}
+    lives = data.Lives.pictures(folder)
     ids = sorted(name[:-4] for _, _, names in os.walk(lives.root / "images") for name in names if name.endswith((".jpg", ".png")))
     if not ids:
         raise BadInput(f"{folder}/images: no .jpg and no .png")

@@ -3,6 +3,7 @@
     python train.py                                                the whole quickstart: data, three models, the tables
     python train.py --stage sd                                     one stage; sd, then md, then rice
     torchrun --nproc_per_node 8 train.py --stage md                the same on eight devices; batch sizes are global
+    python train.py --overfit 8                                    eight clips by heart: can it learn at all?
     torchrun --nproc_per_node 8 train.py --preset paper --data LPR4M --stage sd --init dab_detr_r50.pth
 
 Data flow:  configuration -> prepare(stage): model, samples, order -> the loop -> RUN/STAGE.pt, RUN/STAGE.jsonl

@@ -447,8 +447,7 @@ def test_img2dataset_output_becomes_the_layout(tmp_path, livestreams, capsys):
     (download / "000000009.json").write_text("not json")
     assert data.link(download.parent, root) == {"linked": 2, "there before": 0, "failed to download": 1, "without an id": 2}
     assert data.link(download.parent, root)["there before"] == 2
-    lives = data.Lives.__new__(data.Lives)
-    lives.root = root
+    lives = data.Lives.pictures(root)
     image, size = lives.frame(live)
     assert image.shape == (3, 64, 64) and size == (128, 128) and lives.read("images", "8471").shape == (3, 64, 64)
     assert data.live_of(live.rpartition("-")[0]) == "7b601b02-2c63-11ee-bb6d-b8cef60c2fd0"
