@@ -618,32 +618,8 @@ def compare(runs, markdown=False):
     """
     if len({json.dumps(samples["live"]) for _, _, samples in runs}) > 1:
         raise BadInput("--ckpt: these checkpoints were not evaluated on the same clips; name one data folder with --data")
-    fields = {name for result, *_ in runs for name in result["config"]} - SAME
-    stages = {result["stage"] for result, *_ in runs}
-    if "rice" in stages and len(stages) > 1:
-        raise BadInput("--ckpt: detectors and RICE have different tables; evaluate them one after the other")
-    differing = [name for name in runs[0][0]["config"] if name in fields and any(
-        len({json.dumps(result["config"].get(name)) for result, *_ in runs if result["stage"] == stage}) > 1 for stage in stages)]
-    groups = {}
-    for result, _, samples in runs:
-        key = (result["stage"], *(json.dumps(result["config"].get(name)) for name in differing))
-        groups.setdefault(key, []).append((result, samples))
-    rows = []
-    for key, members in groups.items():
-        config = members[0][0]["config"]
-        varied = ", ".join(f"{name}={config.get(name)}" for name in differing)
-        for method in members[0][1]["methods"]:
-            label = LABELS[method] if config["stage"] != "rice" else SCORES[method]
-            rows.append({"name": ", ".join(filter(None, (varied, label))), "method": method, "group": key,
-                         "varied": [(name, config.get(name)) for name in differing],
-                         "seeds": [result["config"]["seed"] for result, _ in members],
-                         "columns": [columns_of(result, method) for result, _ in members],
-                         "samples": [samples["methods"][method] | {"live": samples["live"]} for _, samples in members]})
-    detectors = "rice" not in stages
+    rows, detectors = rows_of(runs), runs[0][0]["stage"] != "rice"
     names = list(rows[0]["columns"][0])
-    for row in rows:
-        values = np.array([[np.nan if c[name] is None else c[name] for name in names] for c in row["columns"]], float)
-        row["mean"], row["std"] = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else [None] * len(names)
     print(f"\nTable {1 if detectors else 2} ({len(runs)} checkpoints, {len(runs[0][2]['live'])} clips; mean ± standard deviation over seeds)\n")
     best = np.array([row["mean"] for row in rows])
     bold = [(r, c + 2) for c in range(len(names)) for r in np.flatnonzero(best[:, c] == best[:, c].max()) if len(rows) > 1]
@@ -652,7 +628,7 @@ def compare(runs, markdown=False):
                 + [(*row, *[None] * (2 + len(names) - len(row))) for row in paper], markdown, bold))
     pairs = pairs_of(rows, detectors)
     differences = []
-    for number, (one, other) in enumerate(watch(pairs, "bootstrap")):
+    for one, other in watch(pairs, "bootstrap"):
         statistic = ap50 if detectors else r1
         differences.append({"name": f"{one['name']} - {other['name']}", "mean": (one["mean"] - other["mean"]).tolist(),
                             "clips": interval(one["samples"], other["samples"], statistic, False),
@@ -670,6 +646,32 @@ def compare(runs, markdown=False):
     plain = [{"name": row["name"], "seeds": row["seeds"], "mean": dict(zip(names, map(float, row["mean"]))),
               "std": dict(zip(names, (None if v is None else float(v) for v in row["std"])))} for row in rows]
     return {"rows": plain, "differences": [d | {"mean": dict(zip(names, d["mean"]))} for d in differences]}
+
+
+def rows_of(runs):
+    """One row per configuration and method: its name (the fields in which configurations differ), numbers and samples by seed."""
+    stages = {result["stage"] for result, *_ in runs}
+    if "rice" in stages and len(stages) > 1:
+        raise BadInput("--ckpt: detectors and RICE have different tables; evaluate them one after the other")
+    differing = [name for name in runs[0][0]["config"] if name not in SAME and any(
+        len({json.dumps(result["config"].get(name)) for result, *_ in runs if result["stage"] == stage}) > 1 for stage in stages)]
+    groups, rows = {}, []
+    for result, _, samples in runs:
+        key = (result["stage"], *(json.dumps(result["config"].get(name)) for name in differing))
+        groups.setdefault(key, []).append((result, samples))
+    for key, members in groups.items():
+        config = members[0][0]["config"]
+        for method in members[0][1]["methods"]:
+            label = (SCORES if config["stage"] == "rice" else LABELS)[method]
+            row = {"name": ", ".join([*(f"{name}={config.get(name)}" for name in differing), label]), "method": method, "group": key,
+                   "varied": [(name, config.get(name)) for name in differing],
+                   "seeds": [result["config"]["seed"] for result, _ in members],
+                   "columns": [columns_of(result, method) for result, _ in members],
+                   "samples": [samples["methods"][method] | {"live": samples["live"]} for _, samples in members]}
+            names = list(rows[0]["columns"][0] if rows else row["columns"][0])
+            values = np.array([[np.nan if c.get(name) is None else c[name] for name in names] for c in row["columns"]], float)
+            rows.append(row | {"mean": values.mean(0), "std": values.std(0, ddof=1) if len(values) > 1 else [None] * len(names)})
+    return rows
 
 
 def columns_of(result, method):

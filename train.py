@@ -349,6 +349,8 @@ def train(config, rank, world, device):
         if changed:
             raise BadInput(f"{path} was made with another configuration or on other data ({', '.join(changed)}); "
                            "give --out for a new run, or remove the file")
+        if rank == 0:
+            print(f"{path}: goes on from step {saved['step']} of {config.steps}", *differences(config, saved["config"], harmless=True), sep="; ")
     if config.init and not saved:
         said = start_from(model, config.init)
         if rank == 0:
@@ -562,10 +564,13 @@ def save(path, checkpoint):
                        "command goes on from it") from None
 
 
-def differences(config, saved):
-    """What the user changed since the checkpoint was made, as text; steps counted from epochs do not differ."""
+def differences(config, saved, harmless=False):
+    """What the user changed since the checkpoint was made, as text; steps counted from epochs do not differ.
+
+    harmless: of the fields that change no weight (FREE), instead of those that do.
+    """
     now = vars(config)
-    counted = now.keys() - FREE - ({"steps"} if not now["steps"] else set())
+    counted = FREE if harmless else now.keys() - FREE - ({"steps"} if not now["steps"] else set())
     return [f"{name}: {saved.get(name)} there, {now[name]} here" for name in now if name in counted and now[name] != saved.get(name)]
 
 

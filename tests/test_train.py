@@ -141,8 +141,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(livestreams, tmp_path, numb
     stopped = evaluation.read_checkpoint(tmp_path / "cut" / "sd.pt")
     if process.returncode == 128 + number:                                            # unless it was done before it heard
         assert "the same command goes on" in error and f"step {stopped['step']} of 30" in error and stopped["step"] < 30
-    process = start(*command)
-    assert process.communicate(timeout=100) and process.returncode == 0
+    process = start(*command, "--log-every", "1", "--workers", "1")
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 0
+    if stopped["step"] < 30:
+        assert f"goes on from step {stopped['step']} of 30; workers: 0 there, 1 here" in said
     one, two = (evaluation.read_checkpoint(tmp_path / part / "sd.pt") for part in ("whole", "cut"))
     assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
     assert (tmp_path / "whole" / "sd.jsonl").read_text() == (tmp_path / "cut" / "sd.jsonl").read_text()
