@@ -143,14 +143,16 @@ def _boxes(entry, category, where):
     return np.asarray(out, np.float64).reshape(-1, 5)
 
 
-ROW = np.dtype([("offset", "i8"), ("product", "i8"), ("live", "i8"), ("row", "i4"), ("length", "i4"), ("annotated", "?")])   # 33 bytes a clip
+ROW = np.dtype([("offset", "i8"), ("product", "i8"), ("live", "i8"), ("row", "i4"), ("length", "i4"),
+                ("annotated", "?")])                                                    # 33 bytes a clip
 ROW_BYTES = struct.Struct("=qqqii?")
 
 
 def _index(path, complain=None):
     """One pass over a training file -> what is known of each row [rows] of ROW without parsing it, and {category id: name}.
 
-    complain(text): what to do with a row that is none; it is left out then (by default it is an error). Kept in a file beside it (when the folder can be written to) and made again when the training file's size or time changes.
+    complain(text): what to do with a row that is none; it is left out then (by default it is an error). Kept in a file
+    beside it (when the folder can be written to) and made again when the training file's size or time changes.
     """
     stamp = [path.stat().st_size, path.stat().st_mtime_ns]
     kept = path.with_name(f".{path.name}.index.npz")
@@ -774,8 +776,8 @@ class ShardSampler:
 # "table" frames one picture cannot tell which product is meant; the other products change from frame to frame and the
 # intended one stays, so time tells. In a "pair" clip the same two products are held all the time: only the words can tell.
 # Decoys are drawn from all products of the live, those of the intended product's own category included; in SIMILAR clips
-# from those alone, so that a vote on the category tells nothing. Everything that tells the intended product from a decoy (side, size, order of drawing) is drawn from one law for
-# both, so that nothing but time and words gives it away.
+# from those alone, so that a vote on the category tells nothing. Everything that could tell the intended product from a
+# decoy (side, size, order of drawing) is drawn from one law for both, so that nothing but time and words gives it away.
 
 KINDS = {           # share of the frames that show the product, by the number of products in the live's picture
     "few": {"held": 0.40, "two held": 0.22, "lifted": 0.06, "table": 0.16, "occluded": 0.16},
@@ -1222,12 +1224,14 @@ def check(root, processes=None):
                       f"{name} on {100 * some / max(1, len(lives)):.1f} %, {words / max(1, some):.1f} words" for name, (some, words) in texts.items()))
             print("".join(f"    {name}: {count}\n" for name, count in sorted(counts.items())), end="")
         lives = Lives.pictures(root)
-        for text in tqdm(pool.imap_unordered(_check_image, ((lives, i) for i in images), chunksize=64), total=len(images), unit="image", desc="check images"):
+        looked_at = pool.imap_unordered(_check_image, ((lives, i) for i in images), chunksize=64)
+        for text in tqdm(looked_at, total=len(images), unit="image", desc="check images"):
             if text:
                 problem("images", text)
         of("images", len(images))
     total = sum(boxes.values())
-    print(f"boxes: {boxes['kept']} whole, {boxes['clipped']} stick out of the picture and are clipped, {boxes['dropped']} without area or outside are dropped")
+    print(f"boxes: {boxes['kept']} whole, {boxes['clipped']} stick out of the picture and are clipped, "
+          f"{boxes['dropped']} without area or outside are dropped")
     found["boxes"] = [boxes["dropped"], total, []]
     for kind, (count, out_of, first) in found.items():
         if count:
@@ -1318,9 +1322,10 @@ def link(download, root):
             kind = "frames" if len(parts) == 4 and all(part.isdecimal() for part in parts[1:]) else "images"
             target = Path(root) / kind / name[:2] / (name + picture[-4:])
             target.parent.mkdir(parents=True, exist_ok=True)
-            resized = kind == "frames" and (about.get("original_width"), about.get("original_height")) != (about.get("width"), about.get("height"))
-            new = [_link(source, end) for source, end in ((side, target.with_suffix(".json")), (picture, target)) if source == picture or resized]
-            done["linked" if new[-1] else "there before"] += 1
+            sizes = [(about.get(f"{when}width"), about.get(f"{when}height")) for when in ("original_", "")]
+            if kind == "frames" and sizes[0] != sizes[1]:
+                _link(side, target.with_suffix(".json"))
+            done["linked" if _link(picture, target) else "there before"] += 1
             bar.set_postfix(done, refresh=False)
     print(", ".join(f"{name}: {count}" for name, count in done.items()))
     return done
@@ -1436,14 +1441,16 @@ def main(argv=None):
             ("seed", 0, "the same seed gives the same files"), ("lives", 72, "training lives"), ("val-lives", 4, "validation lives"),
             ("test-lives", 10, "test lives"), ("products", 24, "products of a training live"), ("clips", 28, "clips of a training live"),
             ("gallery", 50, "products (and clips) of a val or test live"), ("frames", 8, "frames of a clip, one a second"),
-            ("size", 96, "side of a frame in pixels"), ("categories", 8, f"how many of the {len(CATEGORIES)} categories; the first 8 are {', '.join(QUICKSTART)}")):
+            ("size", 96, "side of a frame in pixels"),
+            ("categories", 8, f"how many of the {len(CATEGORIES)} categories; the first 8 are {', '.join(QUICKSTART)}")):
         command.add_argument(f"--{name}", type=int, default=default, help=text)
     command.add_argument("--decoys", choices=["natural", "same"], default="natural",
                          help="the other products in view: any of the live, or only those of the intended one's category (a stress test)")
     here = ("dir", "data folder in the LPR4M layout")
     add("check", "count what is in a data folder and list what is wrong; status 1 when more than 1 %% of anything is unusable", here)
     add("link", "put what img2dataset downloaded into frames/ and images/", ("download", "img2dataset's output folder"), here)
-    add("movingfashion", "convert MovingFashion (needs the program ffmpeg)", ("source", "folder with train.json, test.json, videos/, imgs/"), here)
+    add("movingfashion", "convert MovingFashion (needs the program ffmpeg)",
+        ("source", "folder with train.json, test.json, videos/, imgs/"), here)
     command = add("dedup", "list near-duplicate shop images; writes DIR/duplicates.txt, deletes nothing", here)
     command.add_argument("--ckpt", required=True, help="a RICE checkpoint, whose image features are compared")
     command.add_argument("--threshold", type=float, default=0.9, help="cosine above which two images are one")

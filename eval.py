@@ -261,8 +261,8 @@ def predict(model, config, categories, lives, device, every_frame=True):
     """One box for every frame of a split, by SD, and when `model` is MD by MD and by its two controls.
 
     -> arrays over frames, by clip and place in it: clip [F], position [F], and [F,6] = x1 y1 x2 y2 in pixels of the picture
-    on disk, score (-1: the frame cannot be read, there is no box), class: "sd", "md", "md1" (MD, each frame as its own clip) and "vote" (SD, and a clip's frames vote on
-    the category, which needs no training). every_frame=False takes only `frames` of each clip, at even intervals, and
+    on disk, score (-1: the frame cannot be read, there is no box), class: "sd", "md", "md1" (MD, each frame as its own
+    clip) and "vote" (SD, and a clip's frames vote on the category, which needs no training). every_frame=False takes only `frames` of each clip, at even intervals, and
     leaves the controls out: what RICE needs to train.
     """
     dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], False, every_frame=every_frame)
@@ -321,7 +321,8 @@ def predicted_boxes(checkpoint, lives, folder, device, every_frame=True):
     """`predict` with a detector's checkpoint, kept in one file and used again while detector and data are the same."""
     notes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted((lives.root / "annotations").glob("[!.]*"))]
     sizes = [checkpoint["config"][name] for name in ("frames", "shortest", "longest")]
-    mark = hashlib.sha256(f"{fingerprint(checkpoint)} {lives.root.resolve()} {notes} {sizes} {len(lives)} {every_frame} {VOTE}".encode()).hexdigest()[:12]
+    decides = f"{fingerprint(checkpoint)} {lives.root.resolve()} {notes} {sizes} {len(lives)} {every_frame} {VOTE}"
+    mark = hashlib.sha256(decides.encode()).hexdigest()[:12]
     path = Path(folder) / f"boxes-{lives.split}-{mark}.npz"
     there = [path.exists()]
     if dist.is_initialized():
@@ -519,8 +520,10 @@ def rank_live(model, tokenizer, config, lives, live, clips, sources, device):
             scores["fused"] = scores["icl"] + scores["pmd"]
         row["unread clips"] = int((~seen).sum())
         # A clip without a frame that can be read, an image that cannot: no prediction. They stay in the denominator, as misses.
-        row["score"][source] = {name: s.masked_fill(~readable, -math.inf).masked_fill(~seen[:, None], math.nan).cpu().numpy() for name, s in scores.items()}
-    row["place"] = {source: {name: first_true(s, row["positive"]) for name, s in scores.items()} for source, scores in row["score"].items()}
+        row["score"][source] = {name: s.masked_fill(~readable, -math.inf).masked_fill(~seen[:, None], math.nan).cpu().numpy()
+                                for name, s in scores.items()}
+    row["place"] = {source: {name: first_true(s, row["positive"]) for name, s in scores.items()}
+                    for source, scores in row["score"].items()}
     return row
 
 
@@ -564,7 +567,8 @@ def score_ranking(checkpoint, lives, folder, device, model=None, every_source=Tr
     places = {source: {name: joined(lambda row: row["place"][source][name]) for name in names} for source in sources}
     true, images = joined(lambda row: row["positive"].sum(1)), joined(lambda row: np.full(len(row["clips"]), len(row["ids"])))
     luck = {f"R{k}": 100 * float(np.mean([chance(int(m), int(p), k) for m, p in zip(images, true)])) for k in (1, 5, 10)}
-    counts = {"clips": len(lives), "lives": len(rows), "missing": sum(row["unread clips"] for row in rows), "missing images": sum(row["unread images"] for row in rows), "chance": luck,
+    counts = {"clips": len(lives), "lives": len(rows), "chance": luck, "missing": sum(row["unread clips"] for row in rows),
+              "missing images": sum(row["unread images"] for row in rows),
               "gallery": float(images.mean()), "several true images": int((true > 1).sum()), "source": main, "each live": {}, "cases": {}}
     for row in rows:
         hits = share(row["place"][main]["icl"]).values()
@@ -925,10 +929,12 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None
     out.mkdir(parents=True, exist_ok=True)
     # With --overfit a model is judged by the very clips that it was trained on.
     overfit = config.get("overfit", 0)
-    lives = data.Lives(data_dir or config["data"], "train").few(overfit) if overfit else data.Lives(data_dir or config["data"], split)
+    lives = data.Lives(data_dir or config["data"], "train" if overfit else split)
+    lives = lives.few(overfit) if overfit else lives
     if config["stage"] == "rice":
         boxes = Path(config.get("detectors", out))                   # models that share a detector find its boxes there
-        results, counts, shown, places = score_ranking(checkpoint, lives, boxes if boxes.is_dir() else out, device, every_source=every_source)
+        boxes = boxes if boxes.is_dir() else out
+        results, counts, shown, places = score_ranking(checkpoint, lives, boxes, device, every_source=every_source)
         draw = lambda: ranking_picture(shown, lives, out / "ranking.png")
         methods = {name: {"place": place} for name, place in places.items()}
     else:

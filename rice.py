@@ -195,8 +195,8 @@ def mean_of_pairs(loss, product):
 def sample_negatives(similarity, image_product, clip_product, count, hard=True, noise=None):
     """For each image, `count` clips of other products, drawn without replacement (supplement, section 3).
 
-    similarity [B,A] scaled ICL similarity of image and clip, products [B] and [A] (-1: not read, never drawn) -> clips [B,count], real [B,count]
-    (False: there were too few other products). A clip's chance is proportional to exp(similarity) when hard, else
+    similarity [B,A] scaled ICL similarity of image and clip, products [B] and [A] (-1: not read, never drawn) -> clips [B,count],
+    real [B,count] (False: there were too few other products). A clip's chance is proportional to exp(similarity) when hard, else
     equal: adding Gumbel noise [B,A] and taking the highest draws exactly so.
     """
     if noise is None:
@@ -293,7 +293,8 @@ def pfr_loss(maps, head, clip_patches, image_patches, padding, product=None):
     """Patch feature reconstruction: the maps of the true pair must rebuild the image's patches from the clip's.
 
     maps [B,heads,P,R] non-negative, head: heads -> 1 by 1x1 convolutions, clip_patches [B,R,W], image_patches [B,P,W],
-    padding [B,R], product [B] (-1: the pair is left out) -> mean squared error. Both features are detached: what learns is where the decoder looks.
+    padding [B,R], product [B] (-1: the pair is left out) -> mean squared error. Both features are detached: what learns is
+    where the decoder looks.
     The public code does not mask this softmax, so its padded frames take weight; here they take none.
     """
     weight = head(maps).squeeze(1).float().masked_fill(padding[:, None], -math.inf).softmax(-1)  # [B,P,R]

@@ -350,7 +350,8 @@ def train(config, rank, world, device):
             raise BadInput(f"{path} was made with another configuration or on other data ({', '.join(changed)}); "
                            "give --out for a new run, or remove the file")
         if rank == 0:
-            print(f"{path}: goes on from step {saved['step']} of {config.steps}", *differences(config, saved["config"], harmless=True), sep="; ")
+            print(f"{path}: goes on from step {saved['step']} of {config.steps}",
+                  *differences(config, saved["config"], harmless=True), sep="; ")
     if config.init and not saved:
         said = start_from(model, config.init)
         if rank == 0:
@@ -395,14 +396,16 @@ def train(config, rank, world, device):
                                          for every in (config.log_every, config.save_every, config.eval_every))
             if log_it:
                 line = report(loss, terms, norm, world)
-                bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "norm"} | ({"bad": len(bad)} if bad else {}))
+                shown = {name: f"{value:.3g}" for name, value in line.items() if name != "norm"}
+                bar.set_postfix(shown | ({"bad": len(bad)} if bad else {}))
                 if rank == 0:
                     write_line(log, {"step": step + 1, "lr": config.lr * learning_rate(step, config)} | line)
             if judge_it:
                 value = evaluation.validate(model, state(step + 1), config.detectors, device)
                 kept["best"], before = max(kept["best"], *value.values()), kept["best"]
                 if rank == 0:
-                    tqdm.write(f"{config.stage}, step {step + 1} of {config.steps}, {bar.format_dict['elapsed'] / 60:.1f} minutes: val {value}")
+                    minutes = bar.format_dict["elapsed"] / 60
+                    tqdm.write(f"{config.stage}, step {step + 1} of {config.steps}, {minutes:.1f} minutes: val {value}")
                     write_line(log, {"step": step + 1} | value)
                     if kept["best"] > before:
                         save(path.with_name(f"{config.stage}-best.pt"), state(step + 1))
@@ -411,7 +414,8 @@ def train(config, rank, world, device):
             if stop:
                 raise Stopped(f"{path} holds step {step + 1} of {config.steps}", signals.code())
     if bad and rank == 0:
-        print(f"{config.stage}: {len(bad)} of {len(samples.lives)} clips could not be read and were skipped; the first: {next(iter(bad.values()))}")
+        print(f"{config.stage}: {len(bad)} of {len(samples.lives)} clips could not be read and were skipped; "
+              f"the first: {next(iter(bad.values()))}")
     if world > 1:
         dist.barrier()
     return True
