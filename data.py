@@ -348,9 +348,8 @@ class Lives:
             raise BadInput(f"{where}: {len(frame_ids)} frames but {len(boxes)} entries in the box list")
         if boxes is not None:
             category = int(columns[5]) if columns[5].strip() else -1
-            given = sum(map(_count, boxes))
-            boxes = [_boxes(entry, category, f"{where}: box list, frame {t}") for t, entry in enumerate(boxes)]
-            dropped = given - sum(map(len, boxes))
+            given, boxes = boxes, [_boxes(entry, category, f"{where}: box list, frame {t}") for t, entry in enumerate(boxes)]
+            dropped = sum(map(_count, given)) - sum(map(len, boxes))
         images = [_safe_id(columns[3], f"{where}: image_id")] if columns[3].strip() else []
         return Clip(columns[0], frame_ids, boxes, images, columns[4].strip(), columns[7].strip(), None,
                     int(columns[5] or -1), tuple(c.strip() for c in columns[8:]), dropped)
