@@ -382,6 +382,8 @@ def test_bf16_loss_is_within_one_percent(run_one, livestreams):
         checkpoint = evaluation.read_checkpoint(run_one / f"{stage}.pt")
         model, _, samples, order, collate = train.prepare(config, torch.device("cpu"), checkpoint)
         model.load_state_dict(checkpoint["model"])
+        if stage == "md":
+            model.steps = (9, 9, 9)             # all queries: between nearly equal scores rounding would choose others
         keys = next(iter(data.StepSampler(order, 4, 1)))
         batch = train.ready((collate or torch.utils.data.default_collate)([samples[k] for k in keys]), config, torch.device("cpu"), 0)
         exact = model.loss(batch)[0]
