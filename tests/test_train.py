@@ -132,7 +132,8 @@ def wait_for(path, process, seconds=60):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(livestreams, tmp_path, number):
     flags = ["--stage", "sd", "--data", str(livestreams), *SMALL, "--steps", "30"]
-    train.main([*flags, "--out", str(tmp_path / "whole")])
+    whole = start("train.py", *flags, "--out", tmp_path / "whole")                   # with as many threads as the others
+    assert whole.communicate(timeout=100) and whole.returncode == 0
     command = ["train.py", *flags, "--out", tmp_path / "cut", "--save-every", "3"]
     process = start(*command)
     wait_for(tmp_path / "cut" / "sd.pt", process)
