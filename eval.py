@@ -18,6 +18,8 @@ import json
 import math
 import os
 import sys
+import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -222,8 +224,31 @@ def start_processes():
     """Join torchrun's group when there is one: nccl with CUDA, gloo otherwise. -> rank, number of processes."""
     if "RANK" in os.environ and not dist.is_initialized():
         pick_device()
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=fresh_part(store, rank, world),
+                                rank=rank, world_size=world)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def fresh_part(store, rank, world):
+    """The part of torchrun's store that belongs to this start of the job.
+
+    After --max-restarts has started the processes again, the store still holds the addresses of those that are gone, and who
+    reads one waits for the dead. So the first process names a part and hands the name to whoever lives: it answers every
+    question in the store, the dead ones' too, until all the others have taken their answer.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"question {rank}", mine)
+        name = store.get(f"answer to {mine}").decode()
+        store.add(name, 1)
+    else:
+        name = mine
+        while store.add(name, 0) < world - 1:
+            for other in range(1, world):
+                store.set(f"answer to {store.get(f'question {other}').decode()}", name)
+            time.sleep(0.05)
+    return dist.PrefixStore(name, store)
 
 
 def is_first():

@@ -368,7 +368,7 @@ def train(config, rank, world, device):
         log.write_text("".join(line for line in lines if step_of(line) <= start))
     wrapped, bad = Step(model), {}                                                # bad: clip -> why it cannot be read
     if world > 1:
-        wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None)
     sampler = data.StepSampler(order, config.batch, config.steps, start, config.seed, rank, world)
     batches = DataLoader(samples, batch_sampler=sampler, num_workers=config.workers, collate_fn=collate,
                          pin_memory=device.type == "cuda")
