@@ -66,6 +66,10 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                        #
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what CLIP's weights expect
 
 
+LARGEST = 100_000_000                             # pixels of a picture; a file that claims more would take the memory of all
+Image.MAX_IMAGE_PIXELS = None                     # Pillow's own limit, which warns first
+
+
 class BadInput(Exception):
     """Something a user gave is wrong; its text is the one line the user sees (exit status 2)."""
 
@@ -81,6 +85,14 @@ def guarded(command, *arguments):
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last thing saved", file=sys.stderr)
         sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, as everything here does."""
+
+    def error(self, message):
+        print(f"error: {message}; `python {self.prog} --help` lists what there is", file=sys.stderr)
+        sys.exit(2)
 
 
 # ------------------------------------------------------------------ reading the layout
@@ -216,7 +228,8 @@ class Lives:
     lengths [clips]: frames of each; frame_counts [clips]: the annotated ones. Of the training rows also: product [clips]
     and live [clips], image ids (-1: none) and live ids as numbers, and categories {raw id: name} in order of id; a
     detector's class k is the k-th. A test clip is any that has an ASR row, a true image or a true box; none is left out.
-    Raises BadInput naming file, row and field.
+    complain(file:row, text): called for every bad training row, which is then passed over (`check` lists them all); without
+    it the first one raises BadInput naming file, row and field.
     """
 
     def __init__(self, root, split, complain=None):
@@ -366,13 +379,8 @@ class Lives:
             return None
 
     def read(self, folder, name):
-        """The picture `name` of frames/ or images/ as uint8 [3,H,W]; BadInput when it is missing or broken."""
-        path = self._path(folder, name)
-        try:
-            image = torchvision.io.decode_image(torchvision.io.read_file(path), torchvision.io.ImageReadMode.RGB)
-        except RuntimeError:
-            raise BadInput(f"{path}: not a readable JPEG or PNG") from None
-        return TF.to_dtype(image, torch.uint8, scale=True)                      # a PNG may hold 16 bits
+        """The picture `name` of frames/ or images/ as uint8 [3,H,W], upright; BadInput when it is missing, broken or too large."""
+        return read_picture(self._path(folder, name))
 
     def frame(self, name):
         """Frame `name` uint8 [3,H,W], and the (width, height) that its boxes are given in: another one than the picture's
@@ -394,8 +402,27 @@ class Lives:
         base = self.root / folder
         for path in (f"{base}/{shard}{name}.{ending}" for shard in ("", f"{name[:2]}/") for ending in ("jpg", "png")):
             if os.path.exists(path):
+                if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(base)):
+                    raise BadInput(f"{path}: a link that leads out of {base}")
                 return path
         raise BadInput(f"{base}/{name}.jpg: missing (nor .png, nor under {name[:2]}/)")
+
+
+def read_picture(path):
+    """A JPEG or PNG as uint8 [3,H,W], turned as its EXIF says; BadInput when it is neither, torn, or over LARGEST pixels."""
+    try:
+        with Image.open(path) as header:                                        # reads no pixels yet
+            (width, height), kind = header.size, header.format
+        if width * height > LARGEST:
+            raise BadInput(f"{path}: {width} x {height} pixels, more than {LARGEST:,}")
+        if kind in ("JPEG", "MPO", "PNG"):
+            image = torchvision.io.decode_image(torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB, True)
+            return TF.to_dtype(image, torch.uint8, scale=True)                  # a PNG may hold 16 bits
+    except BadInput:
+        raise
+    except Exception:                                    # a decoder raises whatever the bytes lead it to
+        pass
+    raise BadInput(f"{path}: not a readable JPEG or PNG")
 
 
 def even_frames(count, frames):
@@ -774,9 +801,9 @@ class ShardSampler:
 # staged in one of six kinds. In "two held", "lifted" (another product in the hand, the intended one on the table) and
 # "table" frames one picture cannot tell which product is meant; the other products change from frame to frame and the
 # intended one stays, so time tells. In a "pair" clip the same two products are held all the time: only the words can tell.
-# Decoys are drawn from all products of the live, those of the intended product's own category included; in SIMILAR clips
-# from those alone, so that a vote on the category tells nothing. Everything that could tell the intended product from a
-# decoy (side, size, order of drawing) is drawn from one law for both, so that nothing but time and words gives it away.
+# Decoys are drawn from all products of the live, those of the intended product's own category included, and in SIMILAR
+# clips only from these: a vote on the category tells nothing there. Everything that could tell the intended product from
+# a decoy (side, size, order of drawing) is drawn from one law for both, so that nothing but time and words gives it away.
 
 KINDS = {           # share of the frames that show the product, by the number of products in the live's picture
     "few": {"held": 0.40, "two held": 0.22, "lifted": 0.06, "table": 0.16, "occluded": 0.16},
@@ -1297,7 +1324,7 @@ def _check_partners(lives, problem, of):
 def link(download, root):
     """img2dataset's output (numbered pictures, each with a JSON side file that holds its url) -> root/frames and root/images.
 
-    A picture's id is its url's last part; a frame's id ends in -start_ms-end_ms-index. Hard links, or symbolic ones across
+    A picture's id is its url's last part; a frame's id ends in -start_ms-end_ms-index. Hard links, or copies across
     devices; what is there already is left. A frame stored at another size keeps its side file. -> counts
     """
     done = {"linked": 0, "there before": 0, "failed to download": 0, "without an id": 0}
@@ -1307,7 +1334,7 @@ def link(download, root):
         raise BadInput(f"{download}: no such folder; expected what img2dataset wrote with --output_format files")
     with tqdm(sides, unit="picture", desc=f"link {download}") as bar:
         for side in bar:
-            picture = next((side[:-5] + end for end in (".jpg", ".png") if os.path.exists(side[:-5] + end)), None)
+            picture = next((p for p in (side[:-5] + ".jpg", side[:-5] + ".png") if os.path.isfile(p) and not os.path.islink(p)), None)
             try:
                 about = json.loads(Path(side).read_text(encoding="utf-8"))
                 name = _safe_id(Path(str(about["url"]).split("?")[0]).stem, side)
@@ -1337,7 +1364,8 @@ def _link(source, target):
     try:
         os.link(source, target)
     except OSError:
-        os.symlink(os.path.abspath(source), target)
+        shutil.copyfile(source, f"{target}.part")                # another device
+        os.replace(f"{target}.part", target)
     return True
 
 
@@ -1424,7 +1452,7 @@ def _cut_video(job):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Livestream data in the LPR4M layout: render, check, convert.")
+    parser = Parser(description="Livestream data in the LPR4M layout: render, check, convert.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name, text, *folders):

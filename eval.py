@@ -9,7 +9,7 @@ Data flow:  checkpoint -> model -> one box a frame for every frame of the split 
                                 -> one embedding a clip and a shop image -> similarity -> rank-k in each live's gallery
 
 Letters: Q clips (queries), M shop images, G true boxes, F frames, T frames of a clip, D embedding.
-Boxes are xyxy in pixels of the picture on disk.
+Boxes are xyxy in the annotation's pixels: those of the picture on disk, unless its side file tells an original size.
 """
 import argparse
 import glob
@@ -285,12 +285,13 @@ def watch(batches, text):
 def predict(model, config, categories, lives, device, every_frame=True):
     """One box for every frame of a split, by SD, and when `model` is MD by MD and by its two controls.
 
-    -> arrays over frames, by clip and place in it: clip [F], position [F], and [F,6] = x1 y1 x2 y2 in pixels of the picture
-    on disk, score (-1: the frame cannot be read, there is no box), class: "sd", "md", "md1" (MD, each frame as its own
-    clip) and "vote" (SD, and a clip's frames vote on the category, which needs no training). every_frame=False takes only `frames` of each clip, at even intervals, and
-    leaves the controls out: what RICE needs to train.
+    -> arrays over frames, by clip and place in it: clip [F], position [F], and [F,6] = x1 y1 x2 y2 in the annotation's
+    pixels, score (-1: the frame cannot be read, there is no box), class: "sd", "md", "md1" (MD, each frame as its own clip)
+    and "vote" (SD, and a clip's frames vote on the category, which needs no training). every_frame=False takes only
+    `frames` of each clip, at even intervals, and leaves the controls out: what RICE needs to train.
     """
-    dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], False, every_frame=every_frame)
+    dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], False,
+                                every_frame=every_frame)
     # A ResNet lets padding leak across a picture's edge, so what a clip is padded with must not depend on its neighbours in
     # a batch, that is on the number of processes: it goes alone. With the small backbone padding changes nothing.
     if not len(dataset):
@@ -486,11 +487,23 @@ SCORES = {"icl": "ICL", "pmd": "PMD", "fused": "ICL + PMD"}
 SOURCES = {"true": "true boxes", "md": "MD boxes", "sd": "SD boxes", "none": "whole frames"}
 
 
-def embed(encode, dataset, numbers, config, device):
-    """What `encode` gives for the samples `numbers` of a PairSet or ImageSet: a list of tensors, in that order."""
+def embed(encode, dataset, numbers, config, device, text=None):
+    """What `encode` gives for the samples `numbers` of a PairSet or ImageSet: a list of tensors, in that order.
+
+    text: the name of a progress bar, when there is to be one.
+    """
     batches = DataLoader(dataset, batch_sampler=data.ShardSampler(numbers, 64), num_workers=config["workers"])
-    rows = [encode({name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}) for batch in batches]
+    rows = [encode({name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()})
+            for batch in (watch(batches, text) if text else batches)]
     return [torch.cat(column) for column in zip(*rows)]
+
+
+def image_encoder(model):
+    """What `embed` asks for shop images: a batch of an ImageSet -> embedding, tokens, whether it could be read."""
+    def encode(batch):
+        seen = torch.tensor([not bad for bad in batch["bad"]], device=batch["image"].device)
+        return *model.encode_images(data.to_float(batch["image"], data.CLIP), batch["title"])[:2], seen
+    return encode
 
 
 def rerank(model, similarity, images, clips, padding, top):
@@ -523,16 +536,12 @@ def rank_live(model, tokenizer, config, lives, live, clips, sources, device):
         unread = {"unread images": 0, "unread clips": int((lives.lengths[clips] == 0).sum())}
         return row | unread | {"place": {source: dict.fromkeys(names, never) for source in sources}}
 
-    def encode_images(b):
-        seen = torch.tensor([not bad for bad in b["bad"]], device=device)
-        return *model.encode_images(data.to_float(b["image"], data.CLIP), b["title"])[:2], seen
-
     def encode_clips(b):
         frames = data.to_float(b["frames"], data.CLIP)
         return *model.encode_clips(frames, b["keep"], b["valid"], b["asr"])[:3], b["valid"].any(1)
 
     shop = data.ImageSet(lives, tokenizer, config["size"], ids, config.get("text", "both"))
-    image, image_tokens, readable = embed(encode_images, shop, range(len(ids)), config, device)  # [M,D], [M,1+P+1,W], [M]
+    image, image_tokens, readable = embed(image_encoder(model), shop, range(len(ids)), config, device)  # [M,D], [M,1+P+1,W], [M]
     row |= {"unread images": int((~readable).sum()), "unread clips": 0}
     for source, boxes in sources.items():
         view = "frame" if boxes is None else config["view"]
@@ -635,7 +644,8 @@ def show_table_2(results, counts, config, markdown=False):
 PAPER_ROWS = {("boxes", "sd"): (30.6, 62.6, 73.5), ("boxes", "md"): (31.3, 63.2, 74.3), ("negatives", "rand"): (27.6, 57.3, 69.7),
               ("negatives", "hard"): (29.4, 62.0, 73.7), ("losses", "icl"): (31.5,), ("losses", "icl,pmd"): (33.1,),
               ("losses", "icl,pmd,pfr"): (33.8,)}
-SAME = {"seed", "preset", "data", "out", "detectors", "init", "workers", "save_every", "log_every", "eval_every"}  # one row all the same
+WEIGHTLESS = {"workers", "save_every", "log_every", "eval_every", "out", "detectors", "init"}      # fields that change no weight
+SAME = WEIGHTLESS | {"seed", "preset", "data"}                                # one row, however they differ
 
 
 def compare(runs, markdown=False):
@@ -790,10 +800,9 @@ def duplicates(path, folder, threshold, block=2048):
     if not ids:
         raise BadInput(f"{folder}/images: no .jpg and no .png")
     shop = data.ImageSet(lives, tokenizer, config["size"], ids, "none")
-    batches = DataLoader(shop, batch_sampler=data.ShardSampler(range(len(ids)), 64), num_workers=config["workers"])
-    feature = torch.cat([model.encode_images(data.to_float(b["image"].to(device), data.CLIP), b["title"].to(device))[0]
-                         .masked_fill(torch.tensor([bool(bad) for bad in b["bad"]], device=device)[:, None], 0)
-                         for b in watch(batches, "features")])                                   # [M,D]
+    encode = image_encoder(model)
+    feature, seen = embed(lambda batch: encode(batch)[::2], shop, range(len(ids)), config, device, "features")   # [M,D], [M]
+    feature = feature.masked_fill(~seen[:, None], 0)
     first = list(range(len(ids)))                                  # each image's group, named by its first image
 
     def root(i):
@@ -1002,7 +1011,7 @@ def write_json(path, value):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint of train.py: Table 1 for a detector, Table 2 for RICE.")
+    parser = data.Parser(description="Evaluate a checkpoint of train.py: Table 1 for a detector, Table 2 for RICE.")
     parser.add_argument("--ckpt", required=True, nargs="+", metavar="FILE", help="checkpoint, e.g. runs/tiny/md.pt; it knows its stage "
                         "and configuration. Several (or a pattern): one row per configuration, mean and deviation over seeds")
     parser.add_argument("--data", help="data folder in the LPR4M layout (default: the one it was trained on)")

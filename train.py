@@ -136,7 +136,6 @@ CHOICES = {"boxes": ("md", "sd", "true", "none"), "view": ("box", "mask", "frame
            "precision": ("float32", "bf16"), "negatives": ("hard", "rand"), "text": ("both", "asr", "title", "none"),
            "losses": ("icl", "icl,pmd", "icl,pmd,pfr"),
            "backbone": ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")}
-FREE = {"workers", "save_every", "log_every", "eval_every", "out", "detectors", "init"}       # what a resumed run may have otherwise
 
 
 def configure(given, stage):
@@ -571,10 +570,11 @@ def save(path, checkpoint):
 def differences(config, saved, harmless=False):
     """What the user changed since the checkpoint was made, as text; steps counted from epochs do not differ.
 
-    harmless: of the fields that change no weight (FREE), instead of those that do.
+    harmless: of the fields that change no weight (eval.WEIGHTLESS), instead of those that do.
     """
     now = vars(config)
-    counted = FREE if harmless else now.keys() - FREE - ({"steps"} if not now["steps"] else set())
+    free = evaluation.WEIGHTLESS
+    counted = free if harmless else now.keys() - free - ({"steps"} if not now["steps"] else set())
     return [f"{name}: {saved.get(name)} there, {now[name]} here" for name in now if name in counted and now[name] != saved.get(name)]
 
 
@@ -618,7 +618,7 @@ def run(given):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = data.Parser(
         usage="train.py [--FLAG VALUE ...]", description="Train SD, MD and RICE; with no argument: the whole quickstart.",
         epilog="Defaults are the paper's; --preset tiny (the default preset) changes many of them: see PRESETS in train.py.")
     groups = {}
