@@ -35,6 +35,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -382,6 +383,10 @@ class Lives:
         """The picture `name` of frames/ or images/ as uint8 [3,H,W], upright; BadInput when it is missing, broken or too large."""
         return read_picture(self._path(folder, name))
 
+    def image(self, name):
+        """Shop image `name` uint8 [3,H,W]."""
+        return self.read("images", name)
+
     def frame(self, name):
         """Frame `name` uint8 [3,H,W], and the (width, height) that its boxes are given in: another one than the picture's
         when it was stored smaller and its side file NAME.json (img2dataset's) tells original_width and original_height."""
@@ -423,6 +428,22 @@ def read_picture(path):
     except Exception:                                    # a decoder raises whatever the bytes lead it to
         pass
     raise BadInput(f"{path}: not a readable JPEG or PNG")
+
+
+def picture_files(folder):
+    """Paths of the pictures in a folder and its subfolders, numbers in their names in order of value; BadInput when there are none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder; expected one of .jpg and .png pictures")
+    files = [Path(where) / name for where, _, names in os.walk(folder) for name in names
+             if name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith(".")]
+    for path in files:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise BadInput(f"{path}: a link that leads out of {folder}")
+    if not files:
+        raise BadInput(f"{folder}: no .jpg and no .png in it")
+    return sorted(files, key=lambda path: [(int(part), "") if part.isdecimal() else (-1, part)
+                                           for part in re.split(r"(\d+)", path.relative_to(folder).as_posix())])
 
 
 def even_frames(count, frames):
@@ -714,10 +735,14 @@ class PairSet(Dataset):
 
 
 class ImageSet(Dataset):
-    """Shop images `ids` of a test split: image uint8 [3,S,S], title [N], bad: what could not be read ("": nothing)."""
+    """Shop images `ids`: image uint8 [3,S,S], title [N], bad: what could not be read ("": nothing).
 
-    def __init__(self, lives, tokenizer, size, ids, text="both"):
-        self.lives, self.tokenizer, self.size, self.ids, self.text = lives, tokenizer, size, ids, text
+    read: id -> uint8 [3,H,W] or BadInput. titles: id -> text. text: what is read, as in PairSet.
+    """
+
+    def __init__(self, read, titles, tokenizer, size, ids, text="both"):
+        self.read, self.titles, self.tokenizer, self.size, self.ids = read, titles, tokenizer, size, ids
+        self.text = text
 
     def __len__(self):
         return len(self.ids)
@@ -725,10 +750,10 @@ class ImageSet(Dataset):
     def __getitem__(self, key):
         image_id, bad = self.ids[key[1]], ""
         try:
-            image = TF.resize(self.lives.read("images", image_id), (self.size, self.size), antialias=True)
+            image = TF.resize(self.read(image_id), (self.size, self.size), antialias=True)
         except BadInput as error:
             image, bad = torch.zeros(3, self.size, self.size, dtype=torch.uint8), str(error)
-        title = self.lives.titles.get(image_id, "") if self.text in ("title", "both") else ""
+        title = self.titles.get(image_id, "") if self.text in ("title", "both") else ""
         return {"image": image, "title": self.tokenizer(title), "bad": bad}
 
 

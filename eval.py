@@ -3,6 +3,8 @@
     python eval.py --ckpt runs/tiny/md.pt                      the checkpoint knows its stage, data and configuration
     python eval.py --ckpt runs/tiny/rice.pt --json rice.json
     python eval.py --ckpt runs/rand?/rice.pt runs/s?/rice.pt --markdown        a row per configuration, mean over seeds, differences
+    python eval.py --ckpt runs/tiny/rice.pt --pictures looks                   hardest misses, hits, attention, training curves
+    python eval.py --ckpt runs/tiny/rice.pt --live live.mp4 --shop images      which product is on sale when
     torchrun --nproc_per_node 8 eval.py --ckpt runs/paper/md.pt --data LPR4M
 
 Data flow:  checkpoint -> model -> one box a frame for every frame of the split -> AP
@@ -11,21 +13,27 @@ Data flow:  checkpoint -> model -> one box a frame for every frame of the split 
 Letters: Q clips (queries), M shop images, G true boxes, F frames, T frames of a clip, D embedding.
 Boxes are xyxy in the annotation's pixels: those of the picture on disk, unless its side file tells an original size.
 """
-import argparse
+import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
-import sys
+import re
+import shutil
+import subprocess
+import tempfile
 import time
 import uuid
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from tqdm import tqdm
@@ -275,7 +283,7 @@ def gather_rows(rows, *keys):
 
 def watch(batches, text):
     """A progress bar on the first process."""
-    return tqdm(batches, desc=text, unit="", leave=False, disable=not is_first())
+    return tqdm(batches, desc=text, unit="", leave=False, delay=1, disable=not is_first())
 
 
 # ------------------------------------------------------------------ detecting
@@ -506,6 +514,14 @@ def image_encoder(model):
     return encode
 
 
+def clip_encoder(model):
+    """The same for clips: a batch of a PairSet -> embedding, tokens, padding, whether a frame could be read."""
+    def encode(batch):
+        frames = data.to_float(batch["frames"], data.CLIP)
+        return *model.encode_clips(frames, batch["keep"], batch["valid"], batch["asr"])[:3], batch["valid"].any(1)
+    return encode
+
+
 def rerank(model, similarity, images, clips, padding, top):
     """ICL similarity [Q,M] -> the PMD's score of the first `top` images of each clip [Q,M]; the others are -inf.
 
@@ -536,18 +552,14 @@ def rank_live(model, tokenizer, config, lives, live, clips, sources, device):
         unread = {"unread images": 0, "unread clips": int((lives.lengths[clips] == 0).sum())}
         return row | unread | {"place": {source: dict.fromkeys(names, never) for source in sources}}
 
-    def encode_clips(b):
-        frames = data.to_float(b["frames"], data.CLIP)
-        return *model.encode_clips(frames, b["keep"], b["valid"], b["asr"])[:3], b["valid"].any(1)
-
-    shop = data.ImageSet(lives, tokenizer, config["size"], ids, config.get("text", "both"))
+    shop = data.ImageSet(lives.image, lives.titles, tokenizer, config["size"], ids, config.get("text", "both"))
     image, image_tokens, readable = embed(image_encoder(model), shop, range(len(ids)), config, device)  # [M,D], [M,1+P+1,W], [M]
     row |= {"unread images": int((~readable).sum()), "unread clips": 0}
     for source, boxes in sources.items():
         view = "frame" if boxes is None else config["view"]
         pairs = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid, view, boxes, False,
                              text=config.get("text", "both"))
-        clip, tokens, padding, seen = embed(encode_clips, pairs, clips, config, device)          # [Q,D], [Q,R,W], [Q,R], [Q]
+        clip, tokens, padding, seen = embed(clip_encoder(model), pairs, clips, config, device)   # [Q,D], [Q,R,W], [Q,R], [Q]
         scores = {"icl": model.scale() * clip @ image.T}                                         # [Q,M]
         if hasattr(model, "pmd"):
             scores["pmd"] = rerank(model, scores["icl"], image_tokens, tokens, padding, config["rerank"])
@@ -570,7 +582,7 @@ def score_ranking(checkpoint, lives, folder, device, model=None, every_source=Tr
     place [Q] of each clip's first true image by each score, for the boxes that the model was trained with.
     """
     config, tokenizer = checkpoint["config"], data.Tokenizer(bytes(checkpoint["tokenizer"].tolist()))
-    model = restore(checkpoint, device)[0] if model is None else model
+    model = model or restore(checkpoint, device)[0]
     if not lives.galleries or not lives.positives:
         raise BadInput(f"{lives.root}: the {lives.split} split needs {lives.split}_liveid_to_gallery_*.json and "
                        f"{lives.split}_videoid_to_gtimage_*.json to rank shop images")
@@ -612,7 +624,9 @@ def score_ranking(checkpoint, lives, folder, device, model=None, every_source=Tr
         if inside.any():
             counts["cases"][case] = {"clips": int(inside.sum()), **{name: share(places[main][name][inside])["R1"] for name in names}}
     results = {source: {name: share(rank) for name, rank in ranks.items()} for source, ranks in places.items()}
-    return results, counts, {"rows": rows, "source": main, "boxes": sources[main], "score": names[-1]}, places[main]
+    shown = {"rows": rows, "source": main, "boxes": sources[main], "score": names[-1], "model": model, "tokenizer": tokenizer,
+             "config": config}
+    return results, counts, shown, places[main]
 
 
 def chance(images, true, k):
@@ -799,7 +813,7 @@ def duplicates(path, folder, threshold, block=2048):
     ids = sorted(name[:-4] for _, _, names in os.walk(lives.root / "images") for name in names if name.endswith((".jpg", ".png")))
     if not ids:
         raise BadInput(f"{folder}/images: no .jpg and no .png")
-    shop = data.ImageSet(lives, tokenizer, config["size"], ids, "none")
+    shop = data.ImageSet(lives.image, {}, tokenizer, config["size"], ids, "none")
     encode = image_encoder(model)
     feature, seen = embed(lambda batch: encode(batch)[::2], shop, range(len(ids)), config, device, "features")   # [M,D], [M]
     feature = feature.masked_fill(~seen[:, None], 0)
@@ -831,14 +845,59 @@ def duplicates(path, folder, threshold, block=2048):
 
 # ------------------------------------------------------------------ pictures
 
-COLOURS = {"sd": (230, 120, 20), "md": (20, 110, 230)}
+COLOURS = {"sd": (222, 112, 10), "md": (20, 100, 220)}
+BORDERS = {True: (40, 160, 60), False: (205, 50, 45), None: (150, 150, 150)}         # right, wrong, nobody knows
+SIDE = 144                                                                           # pixels of a picture on a sheet
+INK = (50, 50, 50)
+# By the highest sign that a text holds: Pillow's own font knows ASCII, the others go by the names that Debian, macOS and
+# Windows give them; the first that is installed is taken.
+FONTS = ((0x80, ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "Helvetica.ttc")),
+         (0x2E80, ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-zenhei.ttc", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf",
+                   "PingFang.ttc", "Hiragino Sans GB.ttc", "msyh.ttc", "simsun.ttc")))
 
 
-def font(size):
+@functools.lru_cache
+def font(size, script=0):
+    """Pillow's own font (script 0), or the first installed one of FONTS[script - 1]; without one, strange signs become boxes."""
+    for name in FONTS[script - 1][1] if script else ():
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            pass
     try:
         return ImageFont.load_default(size)
     except (OSError, ImportError):                  # Pillow without FreeType
         return ImageFont.load_default()
+
+
+def write(draw, at, text, width, lines=1, size=12, fill=INK, halo=None):
+    """Text from `at` on, wrapped to `width` pixels and cut after `lines` lines; `halo` is a colour around its strokes."""
+    rest = " ".join(str(text)[:1000].split())
+    kind, shown = font(size, sum(max(map(ord, rest), default=0) >= lowest for lowest, _ in FONTS)), []
+    if not isinstance(kind, ImageFont.FreeTypeFont):
+        rest = rest.encode("latin-1", "replace").decode("latin-1")
+    while rest and len(shown) < lines:
+        fits = next((n for n in range(1, len(rest)) if kind.getlength(rest[:n + 1]) > width), len(rest))
+        last = len(shown) + 1 == lines and fits < len(rest)
+        cut = fits if fits == len(rest) or last or " " not in rest[1:fits + 1] else rest.rindex(" ", 1, fits + 1)
+        shown.append(rest[:max(1, cut - 2)] + "..." if last else rest[:cut])
+        rest = rest[cut:].lstrip()
+    for n, line in enumerate(shown):
+        draw.text((at[0], at[1] + n * (size + 3)), line, fill, kind, stroke_width=2 if halo else 0, stroke_fill=halo)
+
+
+def thumbnail(picture, size, boxes=()):
+    """A picture fitted into (w, h) pixels, centred on white, with boxes [(xyxy in its pixels, colour, dashed)] drawn on it."""
+    scale = min(size[0] / picture.width, size[1] / picture.height)
+    small = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(small)
+    for xyxy, colour, dashed in boxes:
+        x1, y1, x2, y2 = (float(v) * scale for v in xyxy)
+        if dashed:
+            _dashed(draw, (x1, y1, x2, y2), colour)
+        elif x1 <= x2 and y1 <= y2:
+            draw.rectangle([x1, y1, x2, y2], outline=colour, width=2)
+    return ImageOps.pad(small, size, color="white")
 
 
 def _dashed(draw, box, colour, dash=6):
@@ -850,96 +909,596 @@ def _dashed(draw, box, colour, dash=6):
             draw.line([p + (q - p) * s for s in stretch for p, q in zip(a, b)], fill=colour, width=2)
 
 
-def open_picture(lives, folder, name):
-    """A picture and the size (w, h) that its boxes are given in; grey where it cannot be read."""
+def grey(side=96):
+    return Image.new("RGB", (side, side), (190, 190, 190))
+
+
+def to_image(pixels):
+    """uint8 [3,H,W] -> a picture."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def open_picture(read, name):
+    """A picture, grey where it cannot be read."""
     try:
-        pixels, size = lives.frame(name) if folder == "frames" else (lives.read(folder, name), None)
+        return to_image(read(name))
     except BadInput:
-        return Image.new("RGB", (96, 96), (150, 150, 150)), (96, 96)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy()), size
+        return grey()
 
 
-def detection_picture(rows, lives, names, path, clips=4, height=210):
-    """Strips of a few clips' frames with SD's box (orange), MD's (blue) and the true one (dashed white), saved to `path`."""
-    strips = []
-    for c in np.unique(rows["clip"])[:: max(1, len(np.unique(rows["clip"])) // clips)][:clips]:
-        clip, strip = lives.clip(int(c)), []
-        for f in np.flatnonzero(rows["clip"] == c)[:8]:
-            t = int(rows["position"][f])
-            frame, size = open_picture(lives, "frames", clip.frame_ids[t])
-            scale = height / size[1]
-            frame = frame.resize((round(size[0] * scale), height))
-            draw = ImageDraw.Draw(frame)
-            for x1, y1, x2, y2, _ in clip.boxes[t] if clip.boxes else []:
-                _dashed(draw, [v * scale for v in (x1, y1, x2, y2)], (255, 255, 255))
-            for method, colour in COLOURS.items():
-                if method in rows:
-                    x1, y1, x2, y2, score, category = rows[method][f]
-                    draw.rectangle([v * scale for v in (x1, y1, x2, y2)], outline=colour, width=2)
-                    text = f"{method.upper()} {names[int(category)]} {score:.2f}"
-                    draw.text((3, height - 15 * (2 - list(COLOURS).index(method))), text, colour, font(12), stroke_width=1, stroke_fill=(255, 255, 255))
-            if clip.kinds:
-                draw.text((3, 2), clip.kinds[t], (255, 255, 255), font(12), stroke_width=1, stroke_fill=(0, 0, 0))
-            strip.append(frame)
-        strips.append(_join(strip, 0))
-    _join(strips or [Image.new("RGB", (height, height), "white")], 1).save(path)
-    return path
+def open_frame(lives, name):
+    """A frame in the pixels that its boxes are given in, grey where it cannot be read."""
+    try:
+        pixels, size = lives.frame(name)
+    except BadInput:
+        return grey()
+    return to_image(pixels).resize(size)
 
 
-def _join(pictures, axis, gap=4):
+def join(pictures, axis, gap=6):
+    """Pictures side by side (axis 0) or under each other (axis 1), on white."""
     size = [max(p.size[d] for p in pictures) for d in (0, 1)]
     size[axis] = sum(p.size[axis] + gap for p in pictures) - gap
-    sheet, at = Image.new("RGB", size, (255, 255, 255)), [0, 0]
+    sheet, at = Image.new("RGB", size, "white"), [0, 0]
     for picture in pictures:
         sheet.paste(picture, tuple(at))
         at[axis] += picture.size[axis] + gap
     return sheet
 
 
-def _wrapped(text, width, kind):
-    """Text cut into lines that fit `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines[-1:] = [longer] if kind.getlength(longer) <= width or not lines[-1] else [lines[-1], word]
-    return "\n".join(lines)
+def titled(picture, text, height=20, size=13):
+    """A picture under as much of a text as fits into `height` pixels."""
+    sheet = Image.new("RGB", (picture.width, picture.height + height), "white")
+    sheet.paste(picture, (0, height))
+    write(ImageDraw.Draw(sheet), (2, 2), text, picture.width - 4, max(1, height // (size + 3)), size)
+    return sheet
 
 
-def ranking_picture(shown, lives, path, clips=5, side=132):
-    """A few clips (three frames with their boxes, the ASR below), and the first five shop images of each with their titles.
+def cell(picture, text, border=None, lines=3):
+    """A picture with a border in a colour of BORDERS, `lines` lines of text below."""
+    sheet = Image.new("RGB", (picture.width, picture.height + 6 + 15 * lines), "white")
+    sheet.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    if border:
+        draw.rectangle([0, 0, picture.width - 1, picture.height - 1], outline=border, width=4)
+    write(draw, (2, picture.height + 4), text, picture.width - 4, lines)
+    return sheet
 
-    Right images have a green border, wrong ones a red one (like Figures 1 and 2 of the supplement). Saved to `path`.
+
+def ranking_row(strip, text, answers, name=""):
+    """A clip's strip with what was said below it, and its first shop images: answers [(picture, caption, border)]."""
+    wide = Image.new("RGB", (max(strip.width, 3 * SIDE + 8), strip.height), "white")       # one frame or three, the columns line up
+    wide.paste(strip, (0, 0))
+    row = join([cell(wide, text), *(cell(thumbnail(picture, (SIDE, SIDE)), *rest) for picture, *rest in answers)], 0)
+    return titled(row, name) if name else row
+
+
+def pages(rows, folder, name, each=6):
+    """Rows on sheets folder/NAME-1.png, ...; -> their paths."""
+    paths = []
+    for start in range(0, len(rows), each):
+        paths.append(Path(folder) / f"{name}-{start // each + 1}.png")
+        join(rows[start:start + each], 1, 14).save(paths[-1])
+    return paths
+
+
+def detection_strip(rows, lives, names, c, height=210, most=8):
+    """One clip's frames with SD's box (orange), MD's (blue) and the true one (dashed white); None when it has no frame."""
+    clip, strip = lives.clip(int(c)), []
+    here = np.flatnonzero(rows["clip"] == c)
+    for f in here[data.even_frames(len(here), most)]:
+        t = int(rows["position"][f])
+        picture, boxes, texts = open_frame(lives, clip.frame_ids[t]), [], []
+        boxes += [(box[:4], (255, 255, 255), True) for box in (clip.boxes[t] if clip.boxes else [])]
+        for method, colour in COLOURS.items():
+            if method in rows and rows[method][f, 4] >= 0:
+                *xyxy, score, category = rows[method][f]
+                boxes.append((xyxy, colour, False))
+                texts.append((f"{method.upper()} {names[int(category)]} {score:.2f}", colour))
+        size = (max(120, round(picture.width * height / picture.height)), height)
+        frame = titled(thumbnail(picture, size, boxes), clip.kinds[t] if clip.kinds else "", 18, 12)
+        sheet = Image.new("RGB", (frame.width, frame.height + 32), "white")
+        sheet.paste(frame, (0, 0))
+        for n, (text, colour) in enumerate(texts):
+            write(ImageDraw.Draw(sheet), (2, frame.height + 2 + 15 * n), text, frame.width - 4, fill=colour)
+        strip.append(sheet)
+    return join(strip, 0, 4) if strip else None
+
+
+def clip_strip(lives, q, boxes, frames=3):
+    """A few frames of clip q with the boxes that RICE saw it through."""
+    clip, pictures = lives.clip(q), []
+    rows = range(boxes["start"][q], boxes["start"][q + 1]) if boxes else []
+    positions = [int(boxes["position"][r]) for r in rows] or list(range(len(clip.frame_ids)))
+    for j in data.even_frames(len(positions), frames):
+        drawn = [(boxes["box"][rows[j], :4], COLOURS["md"], False)] if len(rows) else []
+        pictures.append(thumbnail(open_frame(lives, clip.frame_ids[positions[j]]), (SIDE, SIDE), drawn))
+    return join(pictures or [grey(SIDE)], 0, 4)
+
+
+def ranked(shown, lives, row, place, name=""):
+    """The sheet's row of a clip: clip number row["clips"][place] and the first five of its gallery."""
+    q, scores = row["clips"][place], row["score"][shown["source"]][shown["score"]][place]
+    answers = []
+    order, true = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable"), row["positive"][place]
+    missed = [m for m in order[5:] if true[m]][:1] if not true[order[:5]].any() else []          # the right one, where it is not among five
+    for m in [*order[:5], *missed]:
+        score = f"place {np.flatnonzero(order == m)[0] + 1}: " if m in missed else f"{scores[m]:.1f} " if np.isfinite(scores[m]) else ""
+        answers.append((open_picture(lives.image, row["ids"][m]), score + lives.titles.get(row["ids"][m], ""), BORDERS[bool(true[m])]))
+    said = lives.clip(q).asr
+    return ranking_row(clip_strip(lives, q, shown["boxes"]), f'"{said}"' if said else "", answers, name)
+
+
+def attention_sheet(model, frames, image, encoded, patches=4):
+    """From where in a clip PFR rebuilds a few patches of a shop image, as heat: "cross-view semantic alignment" to look at.
+
+    frames uint8 [T,3,S,S] and image uint8 [3,S,S] as RICE saw them; encoded: the image's tokens [1,Q,W], the clip's
+    [1,R,W], padding [1,R]. The patches are those with the most detail, no two of them neighbours.
     """
-    kind, rows = font(11), []
+    T, P = len(frames), model.visual.grid ** 2
+    _, maps = model.pmd(*encoded, torch.zeros(1, 1, dtype=torch.long, device=encoded[0].device))
+    maps, padding = model.patch_maps(maps, encoded[2], T)
+    weight = rice.pfr_weights(maps, model.pfr_head, padding)[0].view(P, T, model.visual.grid, -1)     # [P,T,g,g]
+    size = image.shape[1] // model.visual.grid
+    detail = image.float().unfold(1, size, size).unfold(2, size, size).flatten(3).std(3).mean(0).flatten()   # [P]
+    chosen, grid = [], model.visual.grid
+    for p in detail.argsort(descending=True).tolist():
+        if all(max(abs(p // grid - c // grid), abs(p % grid - c % grid)) > 1 for c in chosen):
+            chosen.append(p)
+    rows = []
+    for p in sorted(chosen[:patches]):
+        heat = torch.nn.functional.interpolate(weight[p][:, None], (SIDE, SIDE), mode="bilinear")[:, 0]  # [T,SIDE,SIDE]
+        heat = ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-9)).cpu().numpy()[..., None]
+        shop = to_image(image).resize((SIDE, SIDE))
+        edges = [round(v * SIDE / grid) for v in (p % grid, p // grid, p % grid + 1, p // grid + 1)]
+        ImageDraw.Draw(shop).rectangle(edges, outline=(230, 30, 30), width=3)
+        cells = [shop]
+        for t in range(T):
+            frame = np.asarray(to_image(frames[t]).convert("L").convert("RGB").resize((SIDE, SIDE)), float)
+            mixed = frame * (0.75 - 0.55 * heat[t]) + np.array([255, 60, 0]) * 0.8 * heat[t]
+            cells.append(Image.fromarray(mixed.clip(0, 255).astype(np.uint8)))
+        rows.append(join(cells, 0, 4))
+    return join(rows, 1, 4)
 
-    def cell(picture, text, border, width=1):
-        sheet = Image.new("RGB", (side * width + 4 * (width - 1), side + 44), (255, 255, 255))
-        sheet.paste(picture, (0, 0))
-        draw = ImageDraw.Draw(sheet)
-        if border:
-            draw.rectangle([0, 0, side - 1, side - 1], outline=border, width=4)
-        draw.multiline_text((2, side + 2), _wrapped(text, sheet.width - 4, kind), (60, 60, 60), kind, spacing=2)
-        return sheet
 
-    asked = [(row, place, q) for row in shown["rows"] if row["ids"] for place, q in enumerate(row["clips"])]
-    for at in np.linspace(0, len(asked) - 1, min(clips, len(asked))).astype(int):
-        row, place, q = asked[at]
-        clip, boxes, frames = lives.clip(q), shown["boxes"], []
-        positions = boxes["position"][boxes["start"][q]:boxes["start"][q + 1]] if boxes else np.arange(len(clip.frame_ids))
-        for j in data.even_frames(len(positions), 3):
-            frame, size = open_picture(lives, "frames", clip.frame_ids[int(positions[j])])
-            frame = frame.resize(size)
-            if boxes:
-                x1, y1, x2, y2 = boxes["box"][boxes["start"][q] + j, :4]
-                ImageDraw.Draw(frame).rectangle([x1, y1, x2, y2], outline=COLOURS["md"], width=max(1, min(frame.size) // 96))
-            frames.append(frame.resize((side, side)))
-        cells = [cell(_join(frames, 0), f"“{clip.asr}”" if clip.asr else "", None, 3)] if frames else []
-        for m in np.argsort(-row["score"][shown["source"]][shown["score"]][place], kind="stable")[:5]:
-            picture = open_picture(lives, "images", row["ids"][m])[0].resize((side, side))
-            cells.append(cell(picture, lives.titles.get(row["ids"][m], ""), (40, 160, 60) if row["positive"][place, m] else (205, 50, 45)))
-        rows.append(_join(cells, 0))
-    _join(rows or [Image.new("RGB", (side, side), "white")], 1).save(path)
+def draw_curves(log, path, result=None):
+    """A run's JSON log as a picture: each term of the loss, and AP50 or R1 of the val lives, over steps.
+
+    The grey line is the paper's figure (another data set); `result` is what `evaluate` gave at the end, drawn as a dot.
+    -> path, or None where there is no log.
+    """
+    lines = []
+    for text in Path(log).read_text().splitlines() if Path(log).exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            pass                                                     # a line that a dying process tore
+    panels = {}
+    for line in lines:
+        for name, value in line.items():
+            if name not in ("step", "lr", "norm", "scale") and isinstance(value, (int, float)):
+                panels.setdefault(name, []).append((line["step"], value))
+    if not panels:
+        return None
+    paper = {"AP50": PAPER_1["SD" if Path(log).stem == "sd" else "MD"][1], "R1": PAPER_2["MD"][0]}
+    final = {}
+    if result and result["stage"] == "rice":
+        final = {"R1": result["results"][result["counts"]["source"]]["icl"]["R1"]}
+    elif result:
+        final = {"AP50": result["results"][result["stage"]]["class-agnostic"]["AP50"]}
+    last = lines[-1]["step"]
+    for name, value in final.items():
+        panels.setdefault(name, [])
+    cells = [_panel(name, points, last, paper.get(name), final.get(name)) for name, points in panels.items()]
+    join([join(cells[n:n + 4], 0, 18) for n in range(0, len(cells), 4)], 1, 18).save(path)
     return path
+
+
+def _panel(name, points, last, paper, final, size=(300, 210)):
+    """One curve: [(step, value)], a horizontal line for the paper's value, a dot for the final one on the test lives."""
+    panel, (left, top, right, bottom) = Image.new("RGB", size, "white"), (46, 26, size[0] - 12, size[1] - 26)
+    draw, values = ImageDraw.Draw(panel), [v for _, v in points] + [v for v in (paper, final) if v is not None]
+    low, high = (0, 100) if paper is not None else (min(values), max(values))
+    high = high if high > low else low + 1
+    place = lambda step, value: (left + (right - left) * step / max(1, last), bottom - (bottom - top) * (value - low) / (high - low))
+    draw.rectangle([left, top, right, bottom], outline=(200, 200, 200))
+    if paper is not None:
+        draw.line([left, place(0, paper)[1], right, place(0, paper)[1]], (150, 150, 150), 1)
+        write(draw, (left + 6, place(0, paper)[1] - 16), f"paper (LPR4M) {paper}", 200, size=11, fill=(120, 120, 120))
+    spots = [place(*point) for point in points]
+    if len(spots) > 1:
+        draw.line(spots, COLOURS["md"], 2)
+    for x, y in spots if paper is not None else []:
+        draw.ellipse([x - 3, y - 3, x + 3, y + 3], COLOURS["md"])
+    label = f"{name} {'val ' if paper is not None else ''}{points[-1][1]:.3g}" if points else name
+    if final is not None:
+        x, y = place(last, final)
+        draw.ellipse([x - 5, y - 5, x + 5, y + 5], COLOURS["sd"])
+        label += f"  test {final:.1f}"
+    write(draw, (left, 5), label, right - left, size=14)
+    for value, y in ((high, top), (low, bottom - 12)):
+        write(draw, (2, y), f"{value:.3g}", left - 4, size=11)
+    write(draw, (left, bottom + 5), "0", 40, size=11)
+    write(draw, (right - font(11).getlength(f"step {last}"), bottom + 5), f"step {last}", 90, size=11)
+    return panel
+
+
+# ------------------------------------------------------------------ examples of a test set
+
+
+def detection_look(rows, lives, names, samples):
+    """How `draw_examples` sees an evaluated detector: what it draws of clip c, and how many true boxes it missed there."""
+    sample = samples["md" if "md" in samples else "sd"]
+    found = np.bincount(sample["clip"], sample["hit"], len(lives))
+    return {"name": "detections", "hard": sample["true"] - found, "rows": lambda c, name: [detection_strip(rows, lives, names, c)]}
+
+
+def ranking_look(shown, lives, places, device):
+    """The same for RICE: the clip's row of the ranking sheet; hard is the place of its first true image."""
+    where = {int(q): (row, n) for row in shown["rows"] if row["ids"] for n, q in enumerate(row["clips"])}
+    look = {"name": "ranking", "hard": places[shown["score"]],
+            "rows": lambda c, name: [ranked(shown, lives, *where[c], name)] if c in where else []}
+    if hasattr(shown["model"], "pfr_head"):
+        look["attention"] = lambda c: attention_of(shown, lives, *where[c], device) if c in where else None
+    return look
+
+
+@torch.no_grad()
+def attention_of(shown, lives, row, place, device):
+    """The attention sheet of a clip and the image that it ranks first."""
+    model, tokenizer, config = shown["model"], shown["tokenizer"], shown["config"]
+    q, scores = row["clips"][place], row["score"][shown["source"]][shown["score"]][place]
+    first = row["ids"][int(np.argmax(np.nan_to_num(scores, nan=-np.inf)))]
+    shop = data.ImageSet(lives.image, lives.titles, tokenizer, config["size"], [first], config.get("text", "both"))
+    clips = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid,
+                         "frame" if shown["boxes"] is None else config["view"], shown["boxes"], False, text=config.get("text", "both"))
+    item = clips[(0, q)]
+    T = int(item["valid"].sum())
+    if not T:
+        return None
+    _, image_tokens, _ = embed(image_encoder(model), shop, [0], config | {"workers": 0}, device)
+    _, tokens, padding, _ = embed(clip_encoder(model), clips, [q], config | {"workers": 0}, device)
+    sheet = attention_sheet(model, item["frames"], shop[(0, 0)]["image"], (image_tokens, tokens, padding))
+    return titled(sheet, f"{lives.clip(q).video_id}: red square, a patch of the shop image ranked first; orange, where in the clip "
+                  "it is rebuilt from", 20 if T > 3 else 68)
+
+
+def draw_examples(look, folder, count=5):
+    """A few clips, evenly spread, on one sheet: folder/detections.png or folder/ranking.png. -> its path"""
+    chosen = np.linspace(0, len(look["hard"]) - 1, min(count, len(look["hard"]))).astype(int)
+    rows = [row for c in chosen for row in look["rows"](int(c), "") if row]
+    path = Path(folder) / f"{look['name']}.png"
+    join(rows or [grey()], 1, 14).save(path)
+    return path
+
+
+def draw_misses_and_hits(look, folder, count):
+    """The `count` hardest misses and `count` hits, evenly spread, and attention for the first hits. -> paths"""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    order, hits = np.argsort(-look["hard"], kind="stable"), np.flatnonzero(look["hard"] == 0)
+    chosen = {"misses": [int(c) for c in order[:count] if look["hard"][c] > 0],
+              "hits": [int(hits[n]) for n in data.even_frames(len(hits), count)]}
+    paths = []
+    for name, clips in chosen.items():
+        paths += pages([row for c in watch(clips, f"draw {name}") for row in look["rows"](c, "") if row], folder, f"{look['name']}-{name}")
+    if "attention" in look:
+        sheets = [look["attention"](c) for c in watch(chosen["hits"][:count // 4 + 1], "draw attention")]
+        paths += pages([sheet for sheet in sheets if sheet], folder, "attention", 1)
+    return paths
+
+
+def draw_comparison(looks, names, folder, count):
+    """Two models' rows under each other, for the clips in which they differ most, in turn to the gain of each. -> paths"""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    gain = looks[1]["hard"].clip(max=1000) - looks[0]["hard"].clip(max=1000)
+    best, worst = np.argsort(-gain, kind="stable"), np.argsort(gain, kind="stable")
+    chosen = [int(c) for pair in zip(best, worst) for c in pair][:count]
+    rows = [join(pair, 1) for c in watch(chosen, "draw both")
+            if (pair := [row for look, name in zip(looks, names) for row in look["rows"](c, name) if row])]
+    return pages(rows, folder, f"{looks[0]['name']}-compared", 3)
+
+
+# ------------------------------------------------------------------ recognising a live
+
+
+class Recording:
+    """A window of a recording as a split of one clip: detectors and RICE see it as they see any other.
+
+    pictures: uint8 [3,H,W] each, None where a frame cannot be read; asr: what was said meanwhile.
+    """
+    split = "test"
+
+    def __init__(self, root, pictures, asr):
+        self.root, self.pictures, self.asr, self.lengths = root, pictures, asr, np.array([len(pictures)])
+
+    def __len__(self):
+        return 1
+
+    def clip(self, _):
+        return data.Clip("", list(range(len(self.pictures))), None, [], "", self.asr)
+
+    def frame(self, t):
+        if self.pictures[t] is None:
+            raise BadInput(f"{self.root}: a frame cannot be read")
+        return self.pictures[t], self.pictures[t].shape[:0:-1]
+
+
+def frames_of(source, every, fps, start):
+    """One frame every `every` seconds of a recording, from second `start` on: yields uint8 [3,H,W], or None where it is broken.
+
+    source: a folder of pictures in order of name (numbers in order of value), `fps` of them a second, or a video, of which the
+    program ffmpeg sends only these frames through a pipe: memory holds one, the disk none.
+    """
+    if Path(source).is_dir():
+        names = data.picture_files(source)
+        for n in itertools.count():
+            at = round((start + n * every) * fps)
+            if at >= len(names):
+                return
+            try:
+                yield data.read_picture(names[at])
+            except BadInput:
+                yield None
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-ss", str(start), "-i", f"file:{source}", "-vf", f"fps=1/{every}:round=up",
+               "-f", "image2pipe", "-c:v", "ppm", "-"]
+    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as ffmpeg:
+        try:
+            while ffmpeg.stdout.readline() == b"P6\n":
+                width, height = map(int, ffmpeg.stdout.readline().split())
+                ffmpeg.stdout.readline()                                           # 255
+                pixels = np.frombuffer(ffmpeg.stdout.read(width * height * 3), np.uint8)
+                if len(pixels) < width * height * 3:
+                    break
+                yield torch.from_numpy(pixels.reshape(height, width, 3).copy()).permute(2, 0, 1)
+            if ffmpeg.wait():
+                said.seek(0)
+                reason = said.read().decode("utf-8", "replace").strip().splitlines() or ["no reason given"]
+                raise BadInput(f"{source}: ffmpeg cannot read it: {reason[-1][-200:]}")
+        finally:
+            ffmpeg.kill()
+
+
+def seconds_of(source, fps):
+    """Length of a recording in seconds; BadInput when it is none, or a video and ffmpeg is not there."""
+    if Path(source).is_dir():
+        return len(data.picture_files(source)) / fps
+    if not Path(source).is_file():
+        raise BadInput(f"--live {source}: no such file or folder; expected a video or a folder of frames (.jpg, .png)")
+    if not shutil.which("ffmpeg"):
+        raise BadInput(f"--live {source}: a video needs the program ffmpeg on the PATH (a folder of frames does not)")
+    said = subprocess.run(["ffmpeg", "-nostdin", "-i", f"file:{source}"], capture_output=True).stderr.decode("utf-8", "replace")
+    found = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said)
+    if not found:
+        raise BadInput(f"--live {source}: ffmpeg finds no video in it")
+    hours, minutes, seconds = map(float, found.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def read_tabbed(path, first):
+    """Rows of a file `first<TAB>text`; BadInput with file and row."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: expected UTF-8 text") from None
+    rows = []
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            key, tab, text = line.partition("\t")
+            if not tab:
+                raise BadInput(f"{path}:{n}: expected {first}<TAB>text")
+            rows.append((n, key.strip(), text.strip()))
+    return rows
+
+
+def read_asr(path):
+    """[(second, text)] in order of time."""
+    rows = []
+    for n, key, text in read_tabbed(path, "seconds"):
+        try:
+            second = float(key)
+        except ValueError:
+            second = math.nan
+        if not math.isfinite(second):
+            raise BadInput(f"{path}:{n}: {key[:40]!r} is no number of seconds")
+        rows.append((second, text))
+    return sorted(rows)
+
+
+@torch.no_grad()
+def embed_shop(model, tokenizer, config, key, folder, titles, device):
+    """Names [M], embeddings [M,D] and which could be read [M] of the pictures in a folder.
+
+    Kept beside the folder under the model's fingerprint `key`; only what is new or changed since is embedded again.
+    """
+    folder = Path(folder)
+    files = data.picture_files(folder)
+    names = [path.relative_to(folder).as_posix() for path in files]
+    titles = {name: titles.get(name, titles.get(name.rpartition(".")[0], "")) for name in names}
+    stamps = np.array([(path.stat().st_size, path.stat().st_mtime_ns, zlib.crc32(titles[name].encode()))
+                       for path, name in zip(files, names)], np.int64)
+    kept, known = folder.resolve().parent / f".{folder.resolve().name}-{key[:12]}.npz", {}
+    try:
+        with np.load(kept) as saved:
+            for name, stamp, feature, seen in zip(saved["names"], saved["stamps"], saved["feature"], saved["seen"]):
+                if feature.shape == (config["embedding"],) and feature.dtype == np.float32:
+                    known[str(name)] = tuple(stamp), feature, bool(seen)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass                                                         # none, or a torn one: it is made again
+    new = [n for n, name in enumerate(names) if name not in known or known[name][0] != tuple(stamps[n])]
+    if new:
+        shop = data.ImageSet(lambda name: data.read_picture(folder / name), titles, tokenizer, config["size"], names, config["text"])
+        encode = image_encoder(model)
+        feature, seen = embed(lambda batch: encode(batch)[::2], shop, new, config, device, "embed the shop")
+        for n, row, ok in zip(new, feature.cpu().numpy(), seen.tolist()):
+            known[names[n]] = tuple(stamps[n]), row, ok
+        try:
+            with open(f"{kept}.part", "wb") as file:
+                np.savez(file, names=names, stamps=stamps, feature=np.stack([known[name][1] for name in names]),
+                         seen=np.array([known[name][2] for name in names]))
+            os.replace(f"{kept}.part", kept)
+        except OSError as error:
+            print(f"{kept}: cannot be written ({error.strerror}); the shop will be embedded anew next time")
+    feature = torch.from_numpy(np.stack([known[name][1] for name in names])).to(device)
+    return names, titles, feature, torch.tensor([known[name][2] for name in names], device=device)
+
+
+@torch.no_grad()
+def answer_clip(recording, checkpoint, detector, model, tokenizer, shop, top, rerank_top, device):
+    """One window of a recording -> boxes [T] (x1 y1 x2 y2 score in pixels, or None) and its `top` images [(name, score)]."""
+    config, (names, titles, feature, readable, folder) = checkpoint["config"], shop
+    boxes, drawn = None, [None] * len(recording.pictures)
+    if config["view"] != "frame":
+        built, settings, categories, stage = detector
+        found = predict(built, settings, categories, recording, device)
+        boxes = seen_through(found, stage, 1)
+        for t, row in zip(found["position"], found[stage]):
+            drawn[int(t)] = [round(float(v), 2) for v in row[:4]] + [round(float(row[4]), 4)] if row[4] >= 0 else None
+    clips = data.PairSet(recording, tokenizer, config["frames"], config["size"], model.visual.grid, config["view"], boxes, False,
+                         text=config["text"])
+    clip, tokens, padding, seen = embed(clip_encoder(model), clips, [0], config, device)              # [1,D], [1,R,W], [1,R], [1]
+    if not seen.any():
+        return drawn, []
+    scores = (model.scale() * clip @ feature.T).masked_fill(~readable, -math.inf)                      # [1,M]
+    first = scores[0].topk(min(max(top, rerank_top), len(names))).indices
+    if rerank_top:
+        first = first[:rerank_top]
+        images = data.ImageSet(lambda name: data.read_picture(folder / name), titles, tokenizer, config["size"], names, config["text"])
+        _, image_tokens, _ = embed(image_encoder(model), images, first.tolist(), config, device)
+        fused = scores[:, first] + rerank(model, scores[:, first], image_tokens, tokens, padding, len(first))   # [1,N]
+        scores, order = fused[0], fused[0].argsort(descending=True, stable=True)
+    else:
+        scores, order = scores[0, first], torch.arange(len(first))
+    return drawn, [(names[int(first[n])], round(float(scores[n]), 4)) for n in order[:max(top, 2)] if scores[n] > -math.inf]
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def recognise(path, source, shop, out, every=10.0, window=10, top=5, rerank_top=0, fps=1.0, asr=None, titles=None, detector=None):
+    """Which product of a shop is on sale when: a recording cut into clips of `window` frames, one every `every` seconds
+    (supplement, section 5 (4)), each ranked against the shop's pictures.
+
+    Writes OUT/answers.jsonl, a line a clip as soon as it is known: {"start", "end" seconds, "boxes" a frame, "asr", "top":
+    [[image, score]], "margin" between the first two}, a strip of each clip in OUT/clips/, and the sheets OUT/answers-*.png.
+    A run that was stopped goes on after its last line. Memory holds one clip. -> the answers
+    """
+    device, checkpoint = pick_device(), read_checkpoint(path)
+    config = checkpoint["config"] | {"workers": 0}
+    checkpoint["config"] = config
+    if config["stage"] != "rice":
+        raise BadInput(f"--ckpt {path}: a live is recognised by a checkpoint of --stage rice, this one is {config['stage']}")
+    checks = ((every > 0 and math.isfinite(every), "--every"), (window > 0, "--window"), (top > 0, "--top"), (rerank_top >= 0, "--rerank"),
+              (fps > 0 and math.isfinite(fps), "--fps"))
+    for right, name in checks:
+        if not right:
+            raise BadInput(f"{name}: expected a number above 0")
+    if rerank_top and "pmd" not in config["losses"].split(","):
+        raise BadInput(f"--rerank: {path} has no PMD (--losses {config['losses']})")
+    length, said = seconds_of(source, fps), read_asr(asr) if asr else []
+    model, tokenizer = restore(checkpoint, device)
+    finder = None
+    if config["view"] != "frame":
+        found = read_checkpoint(detector) if detector else checkpoint.get("detector")
+        if not found or found["config"]["stage"] == "rice":
+            raise BadInput(f"{path} was trained on true boxes and holds no detector: name one with --detector runs/tiny/md.pt"
+                           if not found else f"--detector {detector}: expected a checkpoint of --stage sd or md")
+        finder = restore(found, device)[0], found["config"] | {"workers": 0}, found["categories"], found["config"]["stage"]
+    known = {name: text for _, name, text in read_tabbed(titles, "image")} if titles else {}
+    key = fingerprint(checkpoint)
+    names, known, feature, readable = embed_shop(model, tokenizer, config, key, shop, known, device)
+    out = Path(out)
+    (out / "clips").mkdir(parents=True, exist_ok=True)
+    settings = {"live": str(Path(source).resolve()), "shop": str(Path(shop).resolve()), "checkpoint": key, "every": every, "window": window,
+                "top": top, "rerank": rerank_top, "fps": fps, "asr": asr, "titles": titles, "detector": detector}
+    answers = answers_before(out, settings)
+    start = answers[-1]["end"] if answers else 0.0
+    stream, seconds = frames_of(source, every, fps, start), every * window
+    with open(out / "answers.jsonl", "a", encoding="utf-8") as file, \
+            tqdm(total=round(length), initial=round(start), unit="s", desc=f"recognise {Path(source).name}") as bar:
+        while pictures := list(itertools.islice(stream, window)):
+            end = start + len(pictures) * every
+            words = " ".join(text for second, text in said if start <= second < end)
+            recording = Recording(source, pictures, words)
+            boxes, best = answer_clip(recording, checkpoint, finder, model, tokenizer, (names, known, feature, readable, Path(shop)),
+                                      top, rerank_top, device)
+            margin = round(best[0][1] - best[1][1], 4) if len(best) > 1 else None
+            answers.append({"start": start, "end": end, "boxes": boxes, "asr": words, "top": best[:top], "margin": margin})
+            live_strip(pictures, boxes).save(out / "clips" / f"{len(answers) - 1:06d}.jpg", quality=90)
+            file.write(json.dumps(answers[-1], ensure_ascii=False) + "\n")
+            file.flush()
+            bar.set_postfix_str(f"{clock(start)} {best[0][0] if best else 'nothing readable'}", refresh=False)
+            bar.update(min(round(end), bar.total) - bar.n)
+            start = end
+    if not answers:
+        raise BadInput(f"--live {source}: no frame in it")
+    segments = segments_of(answers)
+    print(f"\n{len(answers)} clips of {clock(seconds)}, {len(names)} shop images; clips in a row with the same answer are one line\n")
+    print(table(("product", "from", "to", "clips", "score", "margin", "title"), [
+        (s["image"], clock(s["start"]), clock(s["end"]), str(len(s["clips"])), s["score"], s["margin"], known.get(s["image"], "")[:40])
+        for s in segments]))
+    print(f"\nanswers: {out / 'answers.jsonl'}\npictures: {', '.join(map(str, draw_answers(answers, segments, out, Path(shop), known)))}")
+    return answers
+
+
+def answers_before(out, settings):
+    """The whole lines that a stopped run left in `out`; BadInput when it asked for something else."""
+    about, log = out / "settings.json", out / "answers.jsonl"
+    answers = []
+    if about.exists() and log.exists():
+        try:
+            before = json.loads(about.read_text(encoding="utf-8"))
+            answers = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+            if not all(isinstance(answer["end"], float) for answer in answers):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(f"{log}: not what an earlier run wrote; remove it, or give another --out") from None
+        other = [f"{name}: {before.get(name)} there, {value} here" for name, value in settings.items() if before.get(name) != value]
+        if other:
+            raise BadInput(f"{log} answers another question ({'; '.join(other)}); give another --out, or remove it")
+    write_json(about, settings)
+    log.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
+    return answers
+
+
+def segments_of(answers):
+    """Consecutive clips with the same first image, as one: image, start, end, their numbers, mean score and margin."""
+    segments = []
+    for n, answer in enumerate(answers):
+        image = answer["top"][0][0] if answer["top"] else "(nothing readable)"
+        if not segments or segments[-1]["image"] != image:
+            segments.append({"image": image, "start": answer["start"], "clips": []})
+        segments[-1]["clips"].append(n)
+        segments[-1]["end"] = answer["end"]
+    for segment in segments:
+        mine = [answers[n] for n in segment["clips"]]
+        for name, values in (("score", [a["top"][0][1] for a in mine if a["top"]]), ("margin", [a["margin"] for a in mine])):
+            values = [value for value in values if value is not None]
+            segment[name] = sum(values) / len(values) if values else None
+    return segments
+
+
+def live_strip(pictures, boxes, frames=3):
+    """A few frames of a window with their boxes."""
+    strip = []
+    for t in data.even_frames(len(pictures), frames):
+        drawn = [(boxes[t][:4], COLOURS["md"], False)] if boxes[t] else []
+        strip.append(thumbnail(to_image(pictures[t]) if pictures[t] is not None else grey(), (SIDE, SIDE), drawn))
+    return join(strip, 0, 4)
+
+
+def draw_answers(answers, segments, out, shop, titles):
+    """A ranking sheet with a row for each segment, of its surest clip; the borders are grey, for nobody knows the truth."""
+    rows, read = [], lambda name: data.read_picture(shop / name)
+    for segment in segments:
+        n = max(segment["clips"], key=lambda n: answers[n]["margin"] or 0)
+        with Image.open(out / "clips" / f"{n:06d}.jpg") as strip:
+            strip = strip.convert("RGB")
+        shown = [(open_picture(read, name), f"{score:.1f} {titles.get(name) or name}", BORDERS[None]) for name, score in answers[n]["top"]]
+        said = f'"{answers[n]["asr"]}"' if answers[n]["asr"] else ""
+        rows.append(ranking_row(strip, said, shown, f"{clock(segment['start'])} - {clock(segment['end'])}"))
+    return pages(rows, out, "answers")
 
 
 # ------------------------------------------------------------------ the command
@@ -948,8 +1507,8 @@ def ranking_picture(shown, lives, path, clips=5, side=132):
 def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None, every_source=True):
     """Evaluate one checkpoint.
 
-    -> every number as a dict of plain values, a function that draws the picture beside the checkpoint (or in `out`), to be
-    called when the numbers are safe, and what `compare` draws anew: {"live" [Q], "methods": {name: per clip or frame}}.
+    -> every number as a dict of plain values, what `draw_examples` draws from when the numbers are safe, and what `compare`
+    draws anew: {"live" [Q], "methods": {name: per clip or frame}}.
     """
     start_processes()
     device, checkpoint = pick_device(), read_checkpoint(path)
@@ -969,15 +1528,15 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None
         boxes = Path(config.get("detectors", out))                   # models that share a detector find its boxes there
         boxes = boxes if boxes.is_dir() else out
         results, counts, shown, places = score_ranking(checkpoint, lives, boxes, device, every_source=every_source)
-        draw = lambda: ranking_picture(shown, lives, out / "ranking.png")
+        look = ranking_look(shown, lives, places, device)
         methods = {name: {"place": place} for name, place in places.items()}
     else:
         rows = predicted_boxes(checkpoint, lives, out, device)
         results, counts, methods = score_detections(rows, lives, checkpoint["categories"])
-        draw = lambda: detection_picture(rows, lives, list(checkpoint["categories"].values()), out / "detections.png")
+        look = detection_look(rows, lives, list(checkpoint["categories"].values()), methods)
     result = {"stage": config["stage"], "data": str(lives.root), "split": lives.split, "counts": counts, "results": results,
               "step": checkpoint["step"], "seed": config["seed"], "config": config, "fingerprint": fingerprint(checkpoint)}
-    return result, draw, {"live": [data.live_of(v) for v in lives.video_ids], "methods": methods}
+    return result, look, {"live": [data.live_of(v) for v in lives.video_ids], "methods": methods}
 
 
 @torch.no_grad()
@@ -1019,25 +1578,56 @@ def main(argv=None):
     parser.add_argument("--out", help="folder for the picture and the cached boxes (default: the checkpoint's)")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--json", help="write every number to this file too")
-    parser.add_argument("--rerank", type=int, help="how many first images the PMD scores (default: as configured, 20)")
+    parser.add_argument("--rerank", type=int, help="how many first images the PMD scores (default: as configured, 20; with --live: 0)")
     parser.add_argument("--workers", type=int, help="processes that load pictures (default: as in training)")
+    looks = parser.add_argument_group("pictures of a test set")
+    looks.add_argument("--pictures", metavar="DIR", help="draw the hardest misses, hits, and for RICE what it attends to")
+    looks.add_argument("--n", type=int, default=20, help="how many clips of each (default: 20)")
+    looks.add_argument("--compare", metavar="FILE", help="with --pictures: a second checkpoint, drawn under the first")
+    live = parser.add_argument_group("recognise a live (a checkpoint of --stage rice)")
+    live.add_argument("--live", metavar="PATH", help="a folder of frames, or a video (needs the program ffmpeg)")
+    live.add_argument("--shop", metavar="DIR", help="the folder of shop images it is ranked against")
+    live.add_argument("--every", type=float, default=10, help="seconds between the frames that are looked at (default: 10)")
+    live.add_argument("--window", type=int, default=10, help="frames of a clip (default: 10)")
+    live.add_argument("--top", type=int, default=5, help="images an answer names (default: 5)")
+    live.add_argument("--fps", type=float, default=1, help="frames a second of a folder of frames (default: 1)")
+    live.add_argument("--asr", metavar="FILE", help="what was said, rows of seconds<TAB>text")
+    live.add_argument("--titles", metavar="FILE", help="titles of the shop images, rows of image<TAB>title")
+    live.add_argument("--detector", metavar="FILE", help="another detector than the one RICE was trained with")
     options = parser.parse_args(argv)
 
     def command():
         paths = list(dict.fromkeys(path for given in options.ckpt for path in sorted(glob.glob(given)) or [given]))
+        if options.live:
+            if not options.shop or len(paths) > 1 or start_processes()[1] > 1:
+                raise BadInput("--live needs --shop, one --ckpt and one process")
+            recognise(paths[0], options.live, options.shop, options.out or "runs/live", options.every, options.window, options.top,
+                      options.rerank or 0, options.fps, options.asr, options.titles, options.detector)
+            return
+        if options.n < 1 or options.compare and (not options.pictures or len(paths) > 1):
+            raise BadInput("--n is 1 or more; --compare needs --pictures and one --ckpt")
         settings = options.data, options.split, options.out, options.workers, options.rerank
-        runs = [evaluate(path, *settings, every_source=len(paths) == 1) for path in watch(paths, "checkpoints")]
+        shown = paths + [options.compare] * bool(options.compare)
+        runs = [evaluate(path, *settings, every_source=len(paths) == 1) for path in watch(shown, "checkpoints")]
         if not is_first():
             return
-        result, draw, _ = runs[0]
+        result, look, _ = runs[0]
         if len(paths) > 1:
             result = compare(runs, options.markdown) | {"runs": [run[0] for run in runs]}
         else:
             show(result, options.markdown)
         if options.json:
             write_json(options.json, result)
-        if len(paths) == 1:
-            print(f"\npicture: {draw()}")
+        if options.compare:
+            if len({(r["stage"], r["data"], r["split"]) for r, *_ in runs}) > 1:
+                raise BadInput(f"--compare {options.compare}: expected the same stage on the same data as {paths[0]}")
+            drawn = draw_comparison([look, runs[1][1]], shown, options.pictures, options.n)
+        elif options.pictures:
+            drawn = draw_misses_and_hits(look, options.pictures, options.n)
+            drawn += filter(None, [draw_curves(Path(paths[0]).with_suffix(".jsonl"), Path(options.pictures) / "curves.png", result)])
+        else:
+            drawn = [draw_examples(look, options.out or Path(paths[0]).parent)] if len(paths) == 1 else []
+        print(*(f"\npicture: {path}" for path in drawn), sep="")
     try:
         data.guarded(command)
     finally:

@@ -289,15 +289,22 @@ def pmd_loss(score, real=None, product=None):
 # ------------------------------------------------------------------ PFR
 
 
+def pfr_weights(maps, head, padding):
+    """From which clip patches each image patch is rebuilt: maps [B,heads,P,R], padding [B,R] -> [B,P,R], rows sum to 1.
+
+    The public code does not mask this softmax, so its padded frames take weight; here they take none.
+    """
+    return head(maps).squeeze(1).float().masked_fill(padding[:, None], -math.inf).softmax(-1)    # [B,P,R]
+
+
 def pfr_loss(maps, head, clip_patches, image_patches, padding, product=None):
     """Patch feature reconstruction: the maps of the true pair must rebuild the image's patches from the clip's.
 
     maps [B,heads,P,R] non-negative, head: heads -> 1 by 1x1 convolutions, clip_patches [B,R,W], image_patches [B,P,W],
     padding [B,R], product [B] (-1: the pair is left out) -> mean squared error. Both features are detached: what learns is
     where the decoder looks.
-    The public code does not mask this softmax, so its padded frames take weight; here they take none.
     """
-    weight = head(maps).squeeze(1).float().masked_fill(padding[:, None], -math.inf).softmax(-1)  # [B,P,R]
+    weight = pfr_weights(maps, head, padding)                                                    # [B,P,R]
     with torch.autocast(maps.device.type, enabled=False):
         rebuilt = weight @ clip_patches.detach().float()                                         # [B,P,W]
     error = (rebuilt - image_patches.detach().float()).square().mean((1, 2))                     # [B]
@@ -389,15 +396,22 @@ class RICE(nn.Module):
         negatives, real = sample_negatives(similarity, product, gather(product), self.n_neg, self.hard, noise)
         return torch.cat([torch.arange(row, row + B, device=image.device)[:, None], negatives], 1), real
 
-    def _reconstruct(self, maps, clip_tokens, image_tokens, padding, T, product):
-        """PFR on patches alone: class tokens and text are left out on both sides."""
-        padding = padding & (product >= 0)[:, None]                   # a softmax over nothing is none: it is left out later
+    def patch_maps(self, maps, padding, T):
+        """The PMD's maps of patches alone: class tokens and text are left out on both sides.
+
+        maps [B,heads,Q,R], padding [B,R] -> [B,heads,P,T*P], [B,T*P].
+        """
         heads, P = maps.shape[1], self.visual.grid ** 2
         maps = maps[:, :, 1:1 + P, :-1].unflatten(-1, (T, 1 + P))[..., 1:].flatten(-2)           # [B,heads,P,T*P]
-        clip_patches = clip_tokens[:, :-1].unflatten(1, (T, 1 + P))[:, :, 1:].flatten(1, 2)      # [B,T*P,W]
         padding = padding[:, :-1].unflatten(1, (T, 1 + P))[..., 1:].flatten(1)                   # [B,T*P]
         # Times sqrt(width of a head), as the public code returns its maps: weights of 1/R alone are too small to learn from.
-        maps = maps * math.sqrt(clip_tokens.shape[-1] / heads)
+        return maps * math.sqrt(self.text_proj.in_features / heads), padding
+
+    def _reconstruct(self, maps, clip_tokens, image_tokens, padding, T, product):
+        padding = padding & (product >= 0)[:, None]                   # a softmax over nothing is none: it is left out later
+        maps, padding = self.patch_maps(maps, padding, T)                                        # [B,heads,P,T*P], [B,T*P]
+        P = maps.shape[2]
+        clip_patches = clip_tokens[:, :-1].unflatten(1, (T, 1 + P))[:, :, 1:].flatten(1, 2)      # [B,T*P,W]
         return pfr_loss(maps, self.pfr_head, clip_patches, image_tokens[:, 1:1 + P], padding, product)
 
 

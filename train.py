@@ -605,11 +605,13 @@ def run(given):
         trained = train(config, rank, world, device)
         checkpoint, before = f"{config.out}/{config.stage}.pt", results.get(config.stage, {})
         if trained or before.get("fingerprint") != evaluation.fingerprint(evaluation.read_checkpoint(checkpoint)):
-            results[config.stage], draw, _ = evaluation.evaluate(checkpoint, workers=config.workers)
+            results[config.stage], look, _ = evaluation.evaluate(checkpoint, workers=config.workers)
             if rank == 0:
                 evaluation.show(results[config.stage])
                 evaluation.write_json(path, results)
-                print(f"\npicture: {draw()}")
+                log = Path(config.out) / f"{config.stage}.jsonl"
+                print(f"\npictures: {evaluation.draw_examples(look, config.out)}, "
+                      f"{evaluation.draw_curves(log, log.with_suffix('.png'), results[config.stage])}")
         elif rank == 0:
             print(f"{config.stage}: done before ({checkpoint})")
             evaluation.show(before)

@@ -261,7 +261,8 @@ def test_only_the_texts_asked_for_are_read(run_one, livestreams, text, read):
     *_, samples, _, _ = train.prepare(config, torch.device("cpu"), None)
     item = samples[(0, 0)]
     assert {name for name in ("asr", "title") if (item[name] > 1).any()} == read
-    shop = data.ImageSet(data.Lives(livestreams, "test"), samples.tokenizer, 48, list(data.Lives(livestreams, "test").titles), text)
+    lives = data.Lives(livestreams, "test")
+    shop = data.ImageSet(lives.image, lives.titles, samples.tokenizer, 48, list(lives.titles), text)
     assert bool((shop[(0, 0)]["title"] > 1).any()) == ("title" in read)
 
 
