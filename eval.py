@@ -190,6 +190,10 @@ def read_checkpoint(path):
         raise BadInput(f"{path}: not a checkpoint of train.py ({type(error).__name__})") from None
     if missing:
         raise BadInput(f"{path}: not a checkpoint of train.py (no {', '.join(sorted(missing))})")
+    import train                           # the other look upstairs: which configurations there can be
+    wrong = train.unsound(checkpoint)
+    if wrong:
+        raise BadInput(f"{path}: not a checkpoint of train.py ({wrong})")
     return checkpoint
 
 
@@ -320,6 +324,8 @@ def predict(model, config, categories, lives, device, every_frame=True):
         new = {"clip": batch["clip"][:, None].expand(real.shape)[real], "position": batch["position"][real]}
         for name, (logits, boxes) in answers.items():
             box, score, category = (x.cpu()[real] for x in detect.pick(logits, boxes))
+            if not torch.isfinite(torch.cat([box, score[:, None]], 1)[batch["valid"][real]]).all():
+                raise BadInput(f"the detector's boxes of {lives.root} are not finite numbers: its weights are spoilt; train it anew")
             xyxy = box_convert(box, "cxcywh", "xyxy").clamp(0, 1) * batch["size"][real].repeat(1, 2)
             # A frame that cannot be read has no box; its true boxes stay in the denominator.
             score = score.where(batch["valid"][real], -1)
@@ -347,22 +353,27 @@ def predicted_boxes(checkpoint, lives, folder, device, every_frame=True):
     """`predict` with a detector's checkpoint, kept in one file and used again while detector and data are the same."""
     notes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted((lives.root / "annotations").glob("[!.]*"))]
     sizes = [checkpoint["config"][name] for name in ("frames", "shortest", "longest")]
-    decides = f"{fingerprint(checkpoint)} {lives.root.resolve()} {notes} {sizes} {len(lives)} {every_frame} {VOTE}"
+    frames = hashlib.sha256(lives.lengths.tobytes()).hexdigest()
+    decides = f"{fingerprint(checkpoint)} {lives.root.resolve()} {notes} {sizes} {frames} {every_frame} {VOTE}"
     mark = hashlib.sha256(decides.encode()).hexdigest()[:12]
     path = Path(folder) / f"boxes-{lives.split}-{mark}.npz"
     there = [path.exists()]
     if dist.is_initialized():
         dist.broadcast_object_list(there)             # one process may look before another has written
     if there[0]:
-        with np.load(path) as saved:
-            return dict(saved)
+        try:
+            with np.load(path) as saved:
+                rows = dict(saved)
+            if len({len(rows["clip"]), *map(len, rows.values())}) == 1 and rows["clip"].max() < len(lives):
+                return rows
+        except Exception:                             # whatever torn bytes lead to
+            pass
+        raise BadInput(f"{path}: not the boxes that were kept there; remove it, and they are made again")
     model, _ = restore(checkpoint, device)
     rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame)
     if is_first():
-        part = f"{path}.{os.getpid()}.part"                          # another run may be writing the same
-        with open(part, "wb") as file:
+        with data.whole(path, f".{os.getpid()}") as part, open(part, "wb") as file:        # another run may be writing the same
             np.savez(file, **rows)
-        os.replace(part, path)
     return rows
 
 
@@ -796,7 +807,8 @@ def duplicates(path, folder, threshold, block=2048):
         raise BadInput(f"--ckpt {path} --threshold {threshold}: expected a checkpoint of --stage rice and a cosine")
     config, (model, tokenizer) = checkpoint["config"], restore(checkpoint, device)
     lives = data.Lives.pictures(folder)
-    ids = sorted(name[:-4] for _, _, names in os.walk(lives.root / "images") for name in names if name.endswith((".jpg", ".png")))
+    ids = sorted({data._safe_id(name[:-4], f"{folder}/images") for _, _, names in os.walk(lives.root / "images") for name in names
+                  if name.endswith((".jpg", ".png"))})
     if not ids:
         raise BadInput(f"{folder}/images: no .jpg and no .png")
     shop = data.ImageSet(lives, tokenizer, config["size"], ids, "none")
@@ -824,7 +836,8 @@ def duplicates(path, folder, threshold, block=2048):
     for group in groups[:20]:
         print("  ".join(group[:8]) + (f"  ... {len(group)} in all" if len(group) > 8 else ""))
     listed = "".join(f"{again}\t{group[0]}\n" for group in groups for again in group[1:])
-    (lives.root / "duplicates.txt").write_text(listed, encoding="utf-8")
+    with data.whole(lives.root / "duplicates.txt") as part:
+        Path(part).write_text(listed, encoding="utf-8")
     print(f"{len(ids)} images, {len(groups)} groups (20 shown at most), {sum(map(len, groups)) - len(groups)} to drop: {folder}/duplicates.txt")
     return groups
 
@@ -868,7 +881,7 @@ def detection_picture(rows, lives, names, path, clips=4, height=210):
             t = int(rows["position"][f])
             frame, size = open_picture(lives, "frames", clip.frame_ids[t])
             scale = height / size[1]
-            frame = frame.resize((round(size[0] * scale), height))
+            frame = frame.resize((min(8 * height, max(1, round(size[0] * scale))), height))       # however long and thin it is
             draw = ImageDraw.Draw(frame)
             for x1, y1, x2, y2, _ in clip.boxes[t] if clip.boxes else []:
                 _dashed(draw, [v * scale for v in (x1, y1, x2, y2)], (255, 255, 255))
@@ -882,7 +895,8 @@ def detection_picture(rows, lives, names, path, clips=4, height=210):
                 draw.text((3, 2), clip.kinds[t], (255, 255, 255), font(12), stroke_width=1, stroke_fill=(0, 0, 0))
             strip.append(frame)
         strips.append(_join(strip, 0))
-    _join(strips or [Image.new("RGB", (height, height), "white")], 1).save(path)
+    with data.whole(path) as part:
+        _join(strips or [Image.new("RGB", (height, height), "white")], 1).save(part, "PNG")
     return path
 
 
@@ -899,7 +913,7 @@ def _join(pictures, axis, gap=4):
 def _wrapped(text, width, kind):
     """Text cut into lines that fit `width` pixels."""
     lines = [""]
-    for word in text.split():
+    for word in text[:400].split():                 # more would not be seen
         longer = f"{lines[-1]} {word}".strip()
         lines[-1:] = [longer] if kind.getlength(longer) <= width or not lines[-1] else [lines[-1], word]
     return "\n".join(lines)
@@ -928,7 +942,7 @@ def ranking_picture(shown, lives, path, clips=5, side=132):
         positions = boxes["position"][boxes["start"][q]:boxes["start"][q + 1]] if boxes else np.arange(len(clip.frame_ids))
         for j in data.even_frames(len(positions), 3):
             frame, size = open_picture(lives, "frames", clip.frame_ids[int(positions[j])])
-            frame = frame.resize(size)
+            frame = frame.resize(size) if boxes and frame.size != size else frame
             if boxes:
                 x1, y1, x2, y2 = boxes["box"][boxes["start"][q] + j, :4]
                 ImageDraw.Draw(frame).rectangle([x1, y1, x2, y2], outline=COLOURS["md"], width=max(1, min(frame.size) // 96))
@@ -938,7 +952,8 @@ def ranking_picture(shown, lives, path, clips=5, side=132):
             picture = open_picture(lives, "images", row["ids"][m])[0].resize((side, side))
             cells.append(cell(picture, lives.titles.get(row["ids"][m], ""), (40, 160, 60) if row["positive"][place, m] else (205, 50, 45)))
         rows.append(_join(cells, 0))
-    _join(rows or [Image.new("RGB", (side, side), "white")], 1).save(path)
+    with data.whole(path) as part:
+        _join(rows or [Image.new("RGB", (side, side), "white")], 1).save(part, "PNG")
     return path
 
 
@@ -960,7 +975,7 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None
     if config["workers"] < 0 or config["rerank"] < 1:
         raise BadInput("--workers is 0 or more, --rerank 1 or more")
     out = Path(out or Path(path).parent)
-    out.mkdir(parents=True, exist_ok=True)
+    data.output_folder(out)
     # With --overfit a model is judged by the very clips that it was trained on.
     overfit = config.get("overfit", 0)
     lives = data.Lives(data_dir or config["data"], "train" if overfit else split)
@@ -1005,9 +1020,8 @@ def show(result, markdown=False):
 
 def write_json(path, value):
     """Written whole or not at all."""
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
+    with data.whole(path) as part, open(part, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
-    os.replace(f"{path}.part", path)
 
 
 def main(argv=None):
@@ -1024,6 +1038,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
 
     def command():
+        if options.json and (not Path(options.json).parent.is_dir() or Path(options.json).is_dir()):
+            raise BadInput(f"--json {options.json}: expected a file in a folder that exists")
         paths = list(dict.fromkeys(path for given in options.ckpt for path in sorted(glob.glob(given)) or [given]))
         settings = options.data, options.split, options.out, options.workers, options.rerank
         runs = [evaluate(path, *settings, every_source=len(paths) == 1) for path in watch(paths, "checkpoints")]
