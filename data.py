@@ -29,6 +29,7 @@ Letters: B batch, T frames, M boxes of a frame, H W pixels, S side of a square v
 """
 import argparse
 import ast
+import contextlib
 import hashlib
 import io
 import json
@@ -42,7 +43,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-import zipfile
 from array import array
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -59,6 +59,7 @@ from tqdm import tqdm
 # torchvision's decoder is the fastest of those at hand for JPEG (540 x 960 to 480: 3.3 ms of one core with the resize, Pillow's
 # draft mode 8.6; to 224: 3.5 and 3.7); since 0.29 every call announces its successor, another package.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision are deprecated")
+warnings.filterwarnings("ignore", category=SyntaxWarning, message="invalid escape sequence")  # of a list in a row; says no file
 
 SPLITS = {"scale": ("small", "medium", "large"), "duration": ("short", "medium", "long"),
           "number": ("abundant", "medium", "few")}
@@ -79,13 +80,37 @@ def guarded(command, *arguments):
     """Run a command; what a user can mend ends in one line on stderr and status 2, Ctrl-C in one line and 130."""
     try:
         return command(*arguments)
-    except (BadInput, OSError) as error:
+    except (BadInput, OSError, MemoryError) as error:
         # An error of a loader process comes wrapped in that process's traceback: its own message is the last line.
-        print(f"error: {str(error).strip().splitlines()[-1].removeprefix('data.BadInput: ')}", file=sys.stderr)
+        lines = f"{type(error).__name__}\n{error}".strip().splitlines()
+        named = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else lines[-1]
+        print(f"error: {named.removeprefix('data.BadInput: ')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last thing saved", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def whole(path, mine=""):
+    """A name to write to that becomes `path` at the end: the file is there whole or not at all. mine: what tells apart
+    the names of processes that may write the same file."""
+    part = f"{path}{mine}.part"
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+
+
+def output_folder(path):
+    """The folder that a command writes to, made when it is not there."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise BadInput(f"{path}: is a file, or below one; expected a folder to write to") from None
+    return Path(path)
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,6 +161,15 @@ def _literal(text, where):
     return value
 
 
+def _object(pairs):
+    """A JSON object in which no key stands twice, for the last one would win unseen."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{ascii(next(key for n, key in enumerate(keys) if key in keys[:n]))[:60]} stands twice")
+    return value
+
+
 def _safe_id(name, where):
     """An id becomes a file name, so it must not lead out of its folder."""
     if not isinstance(name, str) or not name.isprintable() or not name or name[0] == "." or "/" in name or "\\" in name:
@@ -173,8 +207,8 @@ def _index(path, complain=None):
         with np.load(kept) as saved:
             if not complain and saved["stamp"].tolist() == stamp and saved["rows"].dtype == ROW:
                 return saved["rows"], {int(raw): str(name) for raw, name in zip(saved["ids"], saved["names"])}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        pass                                                     # none, or a torn one: it is made again
+    except Exception:                                            # none, or a torn one, which raises whatever its bytes lead to:
+        pass                                                     # it is made again
     packed, categories, offset = bytearray(), {}, 0
     with open(path, "rb") as file, tqdm(total=stamp[0], unit="B", unit_scale=True, desc=f"index {path.name}", delay=2, leave=False) as bar:
         for row, line in enumerate(file, 1):
@@ -182,7 +216,7 @@ def _index(path, complain=None):
             offset += len(line)
             if len(columns) != 11:
                 wrong = f"{path}:{row}: expected 11 columns by tab, found {len(columns)}"
-            elif columns[5].strip() and not columns[5].strip().isdigit():
+            elif columns[5].strip() and not (columns[5].strip().isdigit() and len(columns[5].strip()) < 16):
                 wrong = f"{path}:{row}: category id: expected a whole number, found {columns[5][:40]!r}"
             if wrong and not complain:
                 raise BadInput(wrong)
@@ -202,10 +236,8 @@ def _index(path, complain=None):
     if complain:
         return rows, categories
     try:
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        with open(part, "wb") as file:
+        with whole(kept, f".{os.getpid()}") as part, open(part, "wb") as file:
             np.savez(file, stamp=stamp, rows=rows, ids=list(categories), names=np.array(list(categories.values()), str))
-        os.replace(part, kept)
     except OSError:
         pass                                                     # a folder that is not ours to write to
     return rows, categories
@@ -276,20 +308,31 @@ class Lives:
     def _table(self, name):
         """{id: text} of a file of rows by tab."""
         path, text = self._file(name)
-        rows = [line.rstrip("\r").split("\t", 1) for line in text.split("\n")]
-        return {_safe_id(fields[0], f"{path}:{row}: id"): fields[1].strip() if len(fields) > 1 else ""
-                for row, fields in enumerate(rows, 1) if fields != [""]}
+        entries = {}
+        for row, line in enumerate(text.split("\n"), 1):
+            name, _, value = line.rstrip("\r").partition("\t")
+            if line.rstrip("\r") and entries.setdefault(_safe_id(name, f"{path}:{row}: id"), value.strip()) != value.strip():
+                raise BadInput(f"{path}:{row}: {name[:60]} stands above with another text")
+        return entries
+
+    def _ids(self, name):
+        """The ids of a file of one a row."""
+        path, text = self._file(name)
+        return {_safe_id(video_id, f"{path}: video id") for video_id in text.split()}
 
     def _mapping(self, name, ids=False):
         """{id: value} of a JSON file; with ids=True every value has to be a list of image ids."""
         path, text = self._file(name)
         try:
-            value = json.loads(text or "{}")
+            value = json.loads(text or "{}", object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}: not JSON: {error}") from None
         if not isinstance(value, dict):
             raise BadInput(f"{path}: expected an object {{id: ...}}, found {type(value).__name__}")
-        for key, images in value.items() if ids else ():
+        for key, images in value.items():
+            _safe_id(key, f"{path}: key")
+            if not ids:
+                continue
             if not isinstance(images, list):
                 raise BadInput(f"{path}: {key}: expected a list of image ids, found {str(images)[:40]!r}")
             for image_id in images:
@@ -301,9 +344,11 @@ class Lives:
         self.positives = self._mapping("videoid_to_gtimage_*.json", ids=True)
         self.galleries = self._mapping("liveid_to_gallery_*.json", ids=True)
         self.truth, self.kinds = self._mapping("frameid2gtbox_*.json"), self._mapping("frameid2kind_*.json")
-        self.members = {(name, value): set(self._file(f"{name}_{value}.txt")[1].split())
+        self.members = {(name, value): self._ids(f"{name}_{value}.txt")
                         for name, values in SPLITS.items() for value in values}
-        self.cases = {case: set(self._file(f"case_{case.replace(' ', '-')}.txt")[1].split()) for case in CASES}
+        self.cases = {case: self._ids(f"case_{case.replace(' ', '-')}.txt") for case in CASES}
+        for frame_id, kind in self.kinds.items():
+            _safe_id(kind, f"{self.root}/annotations: {self.split}_frameid2kind: {frame_id}")            # is drawn and printed
         frames = {video_id: [] for video_id in [*self.asr, *self.positives]}
         source = list(self.truth)
         if not source:                                          # data without boxes: the folder says which frames exist
@@ -311,7 +356,7 @@ class Lives:
             source = [name[:-4] for name in names if name.endswith((".jpg", ".png"))]
         for frame_id in source:
             video_id, _, index = _safe_id(frame_id, f"{self.root}: frame id").rpartition("-")
-            if not index.isdecimal():
+            if not index.isdecimal() or len(index) > 18:
                 raise BadInput(f"{self.root}: frame id {frame_id[:60]!r}: expected video_id-index, index a whole number")
             if self.truth or video_id in frames:                # frames of the training clips lie in the same folder
                 frames.setdefault(video_id, []).append(frame_id)
@@ -353,6 +398,8 @@ class Lives:
                 columns = file.readline().decode("utf-8").rstrip("\r\n").split("\t")
             except UnicodeDecodeError:
                 raise BadInput(f"{where}: expected UTF-8 text") from None
+        if len(columns) != 11:
+            raise BadInput(f"{where}: not the row that was indexed; remove {self.root}/annotations/.*.index.npz, and it is made again")
         _safe_id(columns[0], f"{where}: video_id")
         frame_ids = [_safe_id(f, f"{where}: frame_id list") for f in _literal(columns[1], f"{where}: frame_id list")]
         if len(frame_ids) != self.lengths[i]:
@@ -360,13 +407,13 @@ class Lives:
         boxes, dropped = _literal(columns[2] or "[]", f"{where}: box list") if self.frame_counts[i] else None, 0
         if boxes is not None and len(boxes) != len(frame_ids):
             raise BadInput(f"{where}: {len(frame_ids)} frames but {len(boxes)} entries in the box list")
+        category = int(columns[5]) if columns[5].strip() else -1
         if boxes is not None:
-            category = int(columns[5]) if columns[5].strip() else -1
             given, boxes = boxes, [_boxes(entry, category, f"{where}: box list, frame {t}") for t, entry in enumerate(boxes)]
             dropped = sum(map(_count, given)) - sum(map(len, boxes))
         images = [_safe_id(columns[3], f"{where}: image_id")] if columns[3].strip() else []
         return Clip(columns[0], frame_ids, boxes, images, columns[4].strip(), columns[7].strip(), None,
-                    int(columns[5] or -1), tuple(c.strip() for c in columns[8:]), dropped)
+                    category, tuple(c.strip() for c in columns[8:]), dropped)
 
     def where(self, i):
         """file:row of training clip i."""
@@ -390,44 +437,45 @@ class Lives:
     def frame(self, name):
         """Frame `name` uint8 [3,H,W], and the (width, height) that its boxes are given in: another one than the picture's
         when it was stored smaller and its side file NAME.json (img2dataset's) tells original_width and original_height."""
-        image = self.read("frames", name)
-        try:
-            with open(f"{self._path('frames', name)[:-4]}.json", encoding="utf-8") as file:
-                side = json.load(file)
-            size = int(side["original_width"]), int(side["original_height"])
-        except FileNotFoundError:
+        image, side = self.read("frames", name), f"{self._path('frames', name)[:-4]}.json"
+        if not os.path.lexists(side):
             return image, (image.shape[2], image.shape[1])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        try:
+            with open(self._inside("frames", side), encoding="utf-8") as file:
+                about = json.load(file)
+            size = int(about["original_width"]), int(about["original_height"])
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError, OSError):
             size = 0, 0
-        if min(size) < 1:
-            raise BadInput(f"{self.root}/frames/{name}.json: expected an object with original_width and original_height")
+        if min(size) < 1 or size[0] * size[1] > LARGEST:
+            raise BadInput(f"{side}: expected an object with original_width and original_height, in pixels")
         return image, size
 
     def _path(self, folder, name):
         base = self.root / folder
         for path in (f"{base}/{shard}{name}.{ending}" for shard in ("", f"{name[:2]}/") for ending in ("jpg", "png")):
-            if os.path.exists(path):
-                if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(base)):
-                    raise BadInput(f"{path}: a link that leads out of {base}")
-                return path
-        raise BadInput(f"{base}/{name}.jpg: missing (nor .png, nor under {name[:2]}/)")
+            if os.path.isfile(path):
+                return self._inside(folder, path)
+        raise BadInput(f"{base}/{name[:200]}.jpg: missing (nor .png, nor under {name[:2]}/)")
+
+    def _inside(self, folder, path):
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root / folder)):
+            raise BadInput(f"{path}: a link that leads out of {self.root / folder}")
+        return path
 
 
 def read_picture(path):
     """A JPEG or PNG as uint8 [3,H,W], turned as its EXIF says; BadInput when it is neither, torn, or over LARGEST pixels."""
     try:
-        with Image.open(path) as header:                                        # reads no pixels yet
-            (width, height), kind = header.size, header.format
+        with Image.open(path, formats=("JPEG", "PNG")) as header:               # reads no pixels yet
+            width, height = header.size
         if width * height > LARGEST:
             raise BadInput(f"{path}: {width} x {height} pixels, more than {LARGEST:,}")
-        if kind in ("JPEG", "MPO", "PNG"):
-            image = torchvision.io.decode_image(torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB, True)
-            return TF.to_dtype(image, torch.uint8, scale=True)                  # a PNG may hold 16 bits
+        image = torchvision.io.decode_image(torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB, True)
+        return TF.to_dtype(image, torch.uint8, scale=True)                      # a PNG may hold 16 bits
     except BadInput:
         raise
     except Exception:                                    # a decoder raises whatever the bytes lead it to
-        pass
-    raise BadInput(f"{path}: not a readable JPEG or PNG")
+        raise BadInput(f"{path}: not a readable JPEG or PNG") from None
 
 
 def picture_files(folder):
@@ -476,7 +524,10 @@ class Tokenizer:
     def __init__(self, model, length=24):
         import sentencepiece
         self.length = length
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
+        except RuntimeError:
+            raise BadInput("the vocabulary is not a sentencepiece model") from None
         self.vocab = 2 + (self.pieces.get_piece_size() if model else 0)
 
     def __call__(self, text):
@@ -700,7 +751,8 @@ class PairSet(Dataset):
                 bad = str(error)
                 continue
             stretch = np.tile(np.array(image.shape[:0:-1]) / size, 2)                # from the boxes' pixels to the picture's
-            box = self.boxes["box"][rows[j], :4] * stretch if len(rows) else (0, 0, image.shape[2], image.shape[1])
+            edges = np.tile(image.shape[:0:-1], 2)                                    # what sticks out of the picture goes
+            box = (self.boxes["box"][rows[j], :4] * stretch).clip(0, edges) if len(rows) else (0, 0, image.shape[2], image.shape[1])
             view, kept = self._view(image, box, rng)
             views.append(self._augment(view, rng))
             keep.append(kept)
@@ -1148,15 +1200,18 @@ def render(root, seed=0, lives=72, val_lives=4, test_lives=10, products=24, clip
     products. Products of different lives are different ones. decoys: "natural", any other product of the live, or "same",
     only those of the intended product's category (a stress test). The folder appears when it is complete.
     """
-    for name, value, low in (("seed", seed, 0), ("lives", lives, 1), ("val-lives", val_lives, 0), ("test-lives", test_lives, 0),
-                             ("products", products, 4), ("clips", clips, 1), ("gallery", gallery, 4), ("frames", frames, 4),
-                             ("size", size, 32), ("categories", categories, 1)):
-        if value < low or categories > len(CATEGORIES):
-            raise BadInput(f"--{name} {value}: expected at least {low}, and --categories at most {len(CATEGORIES)}")
+    most = 1_000_000
+    for name, value, low, high in (
+            ("seed", seed, 0, 2 ** 63), ("lives", lives, 1, most), ("val-lives", val_lives, 0, most), ("test-lives", test_lives, 0, most),
+            ("products", products, 4, most), ("clips", clips, 1, most), ("gallery", gallery, 4, most), ("frames", frames, 4, 9999),
+            ("size", size, 32, 4096), ("categories", categories, 1, len(CATEGORIES))):
+        if not low <= value <= high:
+            raise BadInput(f"--{name} {value}: expected {low} to {high}")
     root = Path(root)
-    work = root.with_name(f"{root.name}.rendering")
     if root.exists():
         raise BadInput(f"{root} exists; render into another folder or remove it first")
+    output_folder(root.parent)
+    work = root.with_name(f"{root.name}.rendering")
     shutil.rmtree(work, ignore_errors=True)                              # what an interrupted rendering left
     for folder in ("annotations", "frames", "images"):
         (work / folder).mkdir(parents=True)
@@ -1354,7 +1409,7 @@ def link(download, root):
     """
     done = {"linked": 0, "there before": 0, "failed to download": 0, "without an id": 0}
     sides = (os.path.join(folder, name) for folder, _, names in os.walk(download) for name in sorted(names)
-             if name.endswith(".json") and not name.endswith("_stats.json"))
+             if name.endswith(".json") and not name.endswith("_stats.json") and not os.path.islink(os.path.join(folder, name)))
     if not Path(download).is_dir():
         raise BadInput(f"{download}: no such folder; expected what img2dataset wrote with --output_format files")
     with tqdm(sides, unit="picture", desc=f"link {download}") as bar:
@@ -1363,7 +1418,7 @@ def link(download, root):
             try:
                 about = json.loads(Path(side).read_text(encoding="utf-8"))
                 name = _safe_id(Path(str(about["url"]).split("?")[0]).stem, side)
-            except (ValueError, KeyError, TypeError, BadInput):
+            except (ValueError, KeyError, TypeError, RecursionError, BadInput):
                 done["without an id"] += 1
                 continue
             if picture is None:
@@ -1389,8 +1444,8 @@ def _link(source, target):
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, f"{target}.part")                # another device
-        os.replace(f"{target}.part", target)
+        with whole(target) as part:                              # another device
+            shutil.copyfile(source, part)
     return True
 
 
@@ -1407,16 +1462,20 @@ def movingfashion(source, root, processes=None):
     for split in ("train", "test"):
         path = source / f"{split}.json"
         try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-            products += [(split, str(key), entry["img_path"], list(entry["video_paths"])) for key, entry in entries.items()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+            for key, entry in entries.items():
+                image, videos = entry["img_path"], entry["video_paths"]
+                if not isinstance(videos, list) or not all(isinstance(name, str) for name in (image, *videos)):
+                    raise TypeError(f"{key}: img_path is a text, video_paths a list of texts")
+                products.append((split, _safe_id(key, path), image, videos))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{path}: expected {{key: {{img_path, video_paths, source}}}}: {type(error).__name__} {error}") from None
-    for folder in ("annotations", "frames", "images"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
+    for name in ("annotations", "frames", "images"):
+        output_folder(root / name)
     jobs, rows = [], []
     for number, (split, key, image, videos) in enumerate(products):
         picture = _inside(source, image)
-        image_id = f"{split}-{_safe_id(key, f'{source}/{split}.json')}"
+        image_id = f"{split}-{key}"
         if picture.suffix.lower() not in (".jpg", ".jpeg", ".png"):
             raise BadInput(f"{source}/{split}.json: {key}: img_path: expected a .jpg or .png, found {image!r}")
         _link(picture, root / "images" / f"{image_id}.{'png' if picture.suffix.lower() == '.png' else 'jpg'}")
@@ -1428,7 +1487,7 @@ def movingfashion(source, root, processes=None):
         counts = list(tqdm(pool.imap(_cut_video, jobs), total=len(jobs), unit="video", desc=f"cut {source}"))
     rows = [(*row, count) for row, count in zip(rows, counts) if count]
     notes = root / "annotations"
-    with open(notes / "training_videoinfo_movingfashion.txt", "w", encoding="utf-8") as file:
+    with whole(notes / "training_videoinfo_movingfashion.txt") as part, open(part, "w", encoding="utf-8") as file:
         for split, video_id, image_id, count in rows:
             if split == "train":
                 frames = json.dumps([f"{video_id}-{t:04d}" for t in range(count)])
@@ -1440,16 +1499,17 @@ def movingfashion(source, root, processes=None):
                        "liveid_to_gallery_1.json": json.dumps({"movingfashion": gallery})}.items():
         for old in notes.glob(f"test_{name.rpartition('_')[0]}_*"):
             old.unlink()
-        (notes / f"test_{name}").write_text(text, encoding="utf-8")
+        with whole(notes / f"test_{name}") as part:
+            Path(part).write_text(text, encoding="utf-8")
     print(f"{len(rows)} videos of {len(jobs)} cut into {sum(counts)} frames; {len(jobs) - len(rows)} could not be read; "
           f"{len(products)} shop images. Train with: python train.py --stage rice --view frame --data {root}")
 
 
 def _inside(source, name):
     """A path that a file of the data names, which must not lead out of its folder."""
-    path = (source / str(name)).resolve()
-    if not path.is_relative_to(source.resolve()):
-        raise BadInput(f"{source}: {str(name)[:60]!r} leads out of the folder")
+    path = (source / name.replace("\0", "")).resolve()
+    if "\0" in name or not path.is_relative_to(source.resolve()):
+        raise BadInput(f"{source}: {name[:60]!r} leads out of the folder")
     return path
 
 
@@ -1507,6 +1567,8 @@ def main(argv=None):
     command.add_argument("--ckpt", required=True, help="a RICE checkpoint, whose image features are compared")
     command.add_argument("--threshold", type=float, default=0.9, help="cosine above which two images are one")
     options = vars(parser.parse_args(argv))
+    if options.get("processes", 1) < 1:
+        parser.error(f"--processes {options['processes']}: expected 1 or more")
     name = options.pop("command")
     if name == "render":
         guarded(lambda: render(options.pop("dir"), **options))

@@ -26,7 +26,6 @@ import subprocess
 import tempfile
 import time
 import uuid
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -198,6 +197,10 @@ def read_checkpoint(path):
         raise BadInput(f"{path}: not a checkpoint of train.py ({type(error).__name__})") from None
     if missing:
         raise BadInput(f"{path}: not a checkpoint of train.py (no {', '.join(sorted(missing))})")
+    import train                           # the other look upstairs: which configurations there can be
+    wrong = train.unsound(checkpoint)
+    if wrong:
+        raise BadInput(f"{path}: not a checkpoint of train.py ({wrong})")
     return checkpoint
 
 
@@ -328,6 +331,8 @@ def predict(model, config, categories, lives, device, every_frame=True):
         new = {"clip": batch["clip"][:, None].expand(real.shape)[real], "position": batch["position"][real]}
         for name, (logits, boxes) in answers.items():
             box, score, category = (x.cpu()[real] for x in detect.pick(logits, boxes))
+            if not torch.isfinite(torch.cat([box, score[:, None]], 1)[batch["valid"][real]]).all():
+                raise BadInput(f"the detector's boxes of {lives.root} are not finite numbers: its weights are spoilt; train it anew")
             xyxy = box_convert(box, "cxcywh", "xyxy").clamp(0, 1) * batch["size"][real].repeat(1, 2)
             # A frame that cannot be read has no box; its true boxes stay in the denominator.
             score = score.where(batch["valid"][real], -1)
@@ -355,22 +360,27 @@ def predicted_boxes(checkpoint, lives, folder, device, every_frame=True):
     """`predict` with a detector's checkpoint, kept in one file and used again while detector and data are the same."""
     notes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted((lives.root / "annotations").glob("[!.]*"))]
     sizes = [checkpoint["config"][name] for name in ("frames", "shortest", "longest")]
-    decides = f"{fingerprint(checkpoint)} {lives.root.resolve()} {notes} {sizes} {len(lives)} {every_frame} {VOTE}"
+    frames = hashlib.sha256(lives.lengths.tobytes()).hexdigest()
+    decides = f"{fingerprint(checkpoint)} {lives.root.resolve()} {notes} {sizes} {frames} {every_frame} {VOTE}"
     mark = hashlib.sha256(decides.encode()).hexdigest()[:12]
     path = Path(folder) / f"boxes-{lives.split}-{mark}.npz"
     there = [path.exists()]
     if dist.is_initialized():
         dist.broadcast_object_list(there)             # one process may look before another has written
     if there[0]:
-        with np.load(path) as saved:
-            return dict(saved)
+        try:
+            with np.load(path) as saved:
+                rows = dict(saved)
+            if len({len(rows["clip"]), *map(len, rows.values())}) == 1 and rows["clip"].max() < len(lives):
+                return rows
+        except Exception:                             # whatever torn bytes lead to
+            pass
+        raise BadInput(f"{path}: not the boxes that were kept there; remove it, and they are made again")
     model, _ = restore(checkpoint, device)
     rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame)
     if is_first():
-        part = f"{path}.{os.getpid()}.part"                          # another run may be writing the same
-        with open(part, "wb") as file:
+        with data.whole(path, f".{os.getpid()}") as part, open(part, "wb") as file:        # another run may be writing the same
             np.savez(file, **rows)
-        os.replace(part, path)
     return rows
 
 
@@ -810,7 +820,8 @@ def duplicates(path, folder, threshold, block=2048):
         raise BadInput(f"--ckpt {path} --threshold {threshold}: expected a checkpoint of --stage rice and a cosine")
     config, (model, tokenizer) = checkpoint["config"], restore(checkpoint, device)
     lives = data.Lives.pictures(folder)
-    ids = sorted(name[:-4] for _, _, names in os.walk(lives.root / "images") for name in names if name.endswith((".jpg", ".png")))
+    ids = sorted({data._safe_id(name[:-4], f"{folder}/images") for _, _, names in os.walk(lives.root / "images") for name in names
+                  if name.endswith((".jpg", ".png"))})
     if not ids:
         raise BadInput(f"{folder}/images: no .jpg and no .png")
     shop = data.ImageSet(lives.image, {}, tokenizer, config["size"], ids, "none")
@@ -838,7 +849,8 @@ def duplicates(path, folder, threshold, block=2048):
     for group in groups[:20]:
         print("  ".join(group[:8]) + (f"  ... {len(group)} in all" if len(group) > 8 else ""))
     listed = "".join(f"{again}\t{group[0]}\n" for group in groups for again in group[1:])
-    (lives.root / "duplicates.txt").write_text(listed, encoding="utf-8")
+    with data.whole(lives.root / "duplicates.txt") as part:
+        Path(part).write_text(listed, encoding="utf-8")
     print(f"{len(ids)} images, {len(groups)} groups (20 shown at most), {sum(map(len, groups)) - len(groups)} to drop: {folder}/duplicates.txt")
     return groups
 
@@ -973,12 +985,17 @@ def ranking_row(strip, text, answers, name=""):
     return titled(row, name) if name else row
 
 
+def save_picture(picture, path):
+    with data.whole(path) as part:
+        picture.save(part, "PNG")
+    return path
+
+
 def pages(rows, folder, name, each=6):
     """Rows on sheets folder/NAME-1.png, ...; -> their paths."""
     paths = []
     for start in range(0, len(rows), each):
-        paths.append(Path(folder) / f"{name}-{start // each + 1}.png")
-        join(rows[start:start + each], 1, 14).save(paths[-1])
+        paths.append(save_picture(join(rows[start:start + each], 1, 14), Path(folder) / f"{name}-{start // each + 1}.png"))
     return paths
 
 
@@ -995,7 +1012,7 @@ def detection_strip(rows, lives, names, c, height=210, most=8):
                 *xyxy, score, category = rows[method][f]
                 boxes.append((xyxy, colour, False))
                 texts.append((f"{method.upper()} {names[int(category)]} {score:.2f}", colour))
-        size = (max(120, round(picture.width * height / picture.height)), height)
+        size = (min(4 * height, max(120, round(picture.width * height / picture.height))), height)     # however long and thin it is
         frame = titled(thumbnail(picture, size, boxes), clip.kinds[t] if clip.kinds else "", 18, 12)
         sheet = Image.new("RGB", (frame.width, frame.height + 32), "white")
         sheet.paste(frame, (0, 0))
@@ -1090,8 +1107,7 @@ def draw_curves(log, path, result=None):
     for name, value in final.items():
         panels.setdefault(name, [])
     cells = [_panel(name, points, last, paper.get(name), final.get(name)) for name, points in panels.items()]
-    join([join(cells[n:n + 4], 0, 18) for n in range(0, len(cells), 4)], 1, 18).save(path)
-    return path
+    return save_picture(join([join(cells[n:n + 4], 0, 18) for n in range(0, len(cells), 4)], 1, 18), path)
 
 
 def _panel(name, points, last, paper, final, size=(300, 210)):
@@ -1167,15 +1183,12 @@ def draw_examples(look, folder, count=5):
     """A few clips, evenly spread, on one sheet: folder/detections.png or folder/ranking.png. -> its path"""
     chosen = np.linspace(0, len(look["hard"]) - 1, min(count, len(look["hard"]))).astype(int)
     rows = [row for c in chosen for row in look["rows"](int(c), "") if row]
-    path = Path(folder) / f"{look['name']}.png"
-    join(rows or [grey()], 1, 14).save(path)
-    return path
+    return save_picture(join(rows or [grey()], 1, 14), Path(folder) / f"{look['name']}.png")
 
 
 def draw_misses_and_hits(look, folder, count):
     """The `count` hardest misses and `count` hits, evenly spread, and attention for the first hits. -> paths"""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = data.output_folder(folder)
     order, hits = np.argsort(-look["hard"], kind="stable"), np.flatnonzero(look["hard"] == 0)
     chosen = {"misses": [int(c) for c in order[:count] if look["hard"][c] > 0],
               "hits": [int(hits[n]) for n in data.even_frames(len(hits), count)]}
@@ -1190,7 +1203,7 @@ def draw_misses_and_hits(look, folder, count):
 
 def draw_comparison(looks, names, folder, count):
     """Two models' rows under each other, for the clips in which they differ most, in turn to the gain of each. -> paths"""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    data.output_folder(folder)
     gain = looks[1]["hard"].clip(max=1000) - looks[0]["hard"].clip(max=1000)
     best, worst = np.argsort(-gain, kind="stable"), np.argsort(gain, kind="stable")
     chosen = [int(c) for pair in zip(best, worst) for c in pair][:count]
@@ -1323,8 +1336,8 @@ def embed_shop(model, tokenizer, config, key, folder, titles, device):
             for name, stamp, feature, seen in zip(saved["names"], saved["stamps"], saved["feature"], saved["seen"]):
                 if feature.shape == (config["embedding"],) and feature.dtype == np.float32:
                     known[str(name)] = tuple(stamp), feature, bool(seen)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        pass                                                         # none, or a torn one: it is made again
+    except Exception:                                # none, or a torn one, which raises whatever its bytes lead to:
+        pass                                         # it is made again
     new = [n for n, name in enumerate(names) if name not in known or known[name][0] != tuple(stamps[n])]
     if new:
         shop = data.ImageSet(lambda name: data.read_picture(folder / name), titles, tokenizer, config["size"], names, config["text"])
@@ -1333,10 +1346,9 @@ def embed_shop(model, tokenizer, config, key, folder, titles, device):
         for n, row, ok in zip(new, feature.cpu().numpy(), seen.tolist()):
             known[names[n]] = tuple(stamps[n]), row, ok
         try:
-            with open(f"{kept}.part", "wb") as file:
+            with data.whole(kept) as part, open(part, "wb") as file:
                 np.savez(file, names=names, stamps=stamps, feature=np.stack([known[name][1] for name in names]),
                          seen=np.array([known[name][2] for name in names]))
-            os.replace(f"{kept}.part", kept)
         except OSError as error:
             print(f"{kept}: cannot be written ({error.strerror}); the shop will be embedded anew next time")
     feature = torch.from_numpy(np.stack([known[name][1] for name in names])).to(device)
@@ -1409,7 +1421,7 @@ def recognise(path, source, shop, out, every=10.0, window=10, top=5, rerank_top=
     key = fingerprint(checkpoint)
     names, known, feature, readable = embed_shop(model, tokenizer, config, key, shop, known, device)
     out = Path(out)
-    (out / "clips").mkdir(parents=True, exist_ok=True)
+    data.output_folder(out / "clips")
     settings = {"live": str(Path(source).resolve()), "shop": str(Path(shop).resolve()), "checkpoint": key, "every": every, "window": window,
                 "top": top, "rerank": rerank_top, "fps": fps, "asr": asr, "titles": titles, "detector": detector}
     answers = answers_before(out, settings)
@@ -1458,7 +1470,8 @@ def answers_before(out, settings):
         if other:
             raise BadInput(f"{log} answers another question ({'; '.join(other)}); give another --out, or remove it")
     write_json(about, settings)
-    log.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
+    with data.whole(log) as part:
+        Path(part).write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
     return answers
 
 
@@ -1519,7 +1532,7 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None
     if config["workers"] < 0 or config["rerank"] < 1:
         raise BadInput("--workers is 0 or more, --rerank 1 or more")
     out = Path(out or Path(path).parent)
-    out.mkdir(parents=True, exist_ok=True)
+    data.output_folder(out)
     # With --overfit a model is judged by the very clips that it was trained on.
     overfit = config.get("overfit", 0)
     lives = data.Lives(data_dir or config["data"], "train" if overfit else split)
@@ -1564,9 +1577,8 @@ def show(result, markdown=False):
 
 def write_json(path, value):
     """Written whole or not at all."""
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
+    with data.whole(path) as part, open(part, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
-    os.replace(f"{path}.part", path)
 
 
 def main(argv=None):
@@ -1597,6 +1609,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
 
     def command():
+        if options.json and (not Path(options.json).parent.is_dir() or Path(options.json).is_dir()):
+            raise BadInput(f"--json {options.json}: expected a file in a folder that exists")
         paths = list(dict.fromkeys(path for given in options.ckpt for path in sorted(glob.glob(given)) or [given]))
         if options.live:
             if not options.shop or len(paths) > 1 or start_processes()[1] > 1:

@@ -23,6 +23,7 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
@@ -152,11 +153,11 @@ def configure(given, stage):
             raise BadInput(f"--{name} {getattr(config, name)}: expected one of {' | '.join(allowed)}")
     for item in dataclasses.fields(Config):
         value, low = getattr(config, item.name), item.metadata["low"]
-        if isinstance(value, (int, float)) and not value >= low:
-            raise BadInput(f"{flag(item.name)} {value}: expected {low} or more")
+        if isinstance(value, (int, float)) and not low <= value < 2 ** 31:
+            raise BadInput(f"{flag(item.name)} {value}: expected {low} or more{', and finite' if value > low else ''}")
     for name, count in (("shortest", 3), ("keep", None)):
         numbers = getattr(config, name).split(",")
-        if not all(n.isdecimal() and int(n) > 0 for n in numbers) or len(numbers) != (count or len(numbers)):
+        if not all(n.isdecimal() and len(n) < 7 and int(n) > 0 for n in numbers) or len(numbers) != (count or len(numbers)):
             raise BadInput(f"--{name} {getattr(config, name)}: expected {count or 'one or more'} whole numbers and commas between")
         setattr(config, name, [int(n) for n in numbers])
     checks = [(config.shortest[0] <= config.shortest[1], "--shortest: the lowest comes before the highest"),
@@ -178,6 +179,39 @@ def configure(given, stage):
 
 def flag(name):
     return f"--{name.replace('_', '-')}"
+
+
+# What eval.py reads of a checkpoint's configuration and has no default for.
+NEEDED = ("stage data seed steps workers frames shortest longest backbone dim heads encoder_layers decoder_layers ffn queries dense keep "
+          "boxes view width layers vit_heads patch size embedding losses n_neg negatives rerank").split()
+
+
+def unsound(checkpoint):
+    """What is wrong with a checkpoint's parts, "" when nothing is: a configuration that `configure` allows, and finite weights
+    of the names and shapes that it asks for. A RICE's detector is held against the same rules."""
+    try:
+        config, weights, kinds = checkpoint["config"], checkpoint["model"], {f.name: type(f.default) for f in dataclasses.fields(Config)}
+        lists = {name: ",".join(map(str, config[name])) for name in ("shortest", "keep")}
+        given = {name: value for name, value in (config | lists).items() if name in kinds}
+        wrong = [name for name in NEEDED if name not in given]
+        wrong += [name for name, value in given.items() if type(value) not in ((float, int) if kinds[name] is float else (kinds[name],))]
+        if wrong or config["stage"] not in STAGES:
+            return f"its configuration has no {', '.join(wrong) or 'stage'} that it can be"
+        configure(given, config["stage"])
+        if not all(type(raw) is int and type(name) is str for raw, name in checkpoint["categories"].items()):
+            return "categories: expected {number: name}"
+        if not 0 <= checkpoint.get("step", 0) <= config["steps"] or not isinstance(checkpoint.get("best", 0.0), (int, float)):
+            return f"step: expected 0 to {config['steps']}"
+        vocabulary = data.Tokenizer(checkpoint["tokenizer"].numpy().tobytes()).vocab if config["stage"] == "rice" else None
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):             # shapes only: no memory, no random numbers
+            shapes = {name: value.shape for name, value in evaluation.build(config, len(checkpoint["categories"]), vocabulary).state_dict().items()}
+        wrong = [name for name in shapes.keys() | weights.keys() if name not in shapes or name not in weights or weights[name].shape != shapes[name]]
+        wrong = wrong or [name for name, value in weights.items() if not np.isfinite(value.numpy()).all()]
+        if wrong:
+            return f"weights that do not fit its configuration or are not finite: {min(wrong)}, {len(wrong)} in all"
+        return unsound(checkpoint["detector"]) if "detector" in checkpoint else ""
+    except Exception as error:                          # a part of another kind raises whatever it leads to
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
 
 
 def learning_rate(step, config):
@@ -278,7 +312,7 @@ def start_from(model, path):
         place = "visual."
         state = {key.removeprefix(place): value for key, value in state.items() if key.startswith(place)}
         positions, grid = state.get("positional_embedding"), model.visual.grid
-        if positions is not None and len(positions) != 1 + grid ** 2:
+        if positions is not None and positions.dim() == 2 and math.isqrt(len(positions) - 1) ** 2 + 1 == len(positions) != 1 + grid ** 2:
             state["positional_embedding"] = rice.fit_positions(positions, grid)
             said = f"; position embeddings interpolated from {len(positions) - 1} to {grid ** 2} patches"
     unused = [key for key in state if key.endswith("num_batches_tracked")]
@@ -330,9 +364,11 @@ class Step(nn.Module):
 def train(config, rank, world, device):
     """Train one stage to its last step, from its checkpoint if it has one; returns False when it was complete already."""
     path, log = Path(config.out) / f"{config.stage}.pt", Path(config.out) / f"{config.stage}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    data.output_folder(config.out)
     torch.manual_seed(config.seed)
     saved = evaluation.read_checkpoint(path) if path.exists() else None
+    if saved and saved["config"]["stage"] != config.stage:
+        raise BadInput(f"{path} holds stage {saved['config']['stage']}, not {config.stage}; remove it, or give --out for a new run")
     if saved and complete(config, saved, path):
         return False
     if config.eval_every:
@@ -360,11 +396,21 @@ def train(config, rank, world, device):
     start, kept["best"], kept["versions"] = 0, -1.0, {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
     if saved:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        try:
+            optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+            fits = all(state[name].shape == p.shape for p, state in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq"))
+        except Exception:                              # whatever its bytes lead to
+            fits = False
+        if not fits:
+            raise BadInput(f"{path}: the optimizer's state does not fit the weights; remove it, and the stage is trained anew")
         start, kept["best"] = saved["step"], saved.get("best", -1.0)
     if rank == 0:                                      # without lines that a stopped run wrote after its last checkpoint
-        lines = log.read_text().splitlines(True) if saved and log.exists() else []
-        log.write_text("".join(line for line in lines if step_of(line) <= start))
+        lines = log.read_bytes().splitlines(True) if saved and log.exists() else []
+        steps = [step_of(line) for line in lines]
+        if math.inf in steps[:-1]:
+            raise BadInput(f"{log}:{steps.index(math.inf) + 1}: not a line of the log, {{\"step\": ...}}; remove it, or the file")
+        with data.whole(log) as part:
+            Path(part).write_bytes(b"".join(line for line, step in zip(lines, steps) if step <= start))
     wrapped, bad = Step(model), {}                                                # bad: clip -> why it cannot be read
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None)
@@ -513,9 +559,10 @@ def write_line(log, line):
 def step_of(line):
     """The step of a line of the log; a line that a dying process tore comes after all steps."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if type(step) is int and line.endswith(b"\n") else math.inf
 
 
 def stop_together(loss, terms, norm, model, step, batch, lives, rank, world, signals):
@@ -556,13 +603,11 @@ def save(path, checkpoint):
     content = io.BytesIO()
     torch.save(checkpoint, content)
     try:
-        with open(f"{path}.part", "wb") as file:
+        with data.whole(path) as part, open(part, "wb") as file:
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(f"{path}.part", path)
     except OSError as error:
-        Path(f"{path}.part").unlink(missing_ok=True)
         raise BadInput(f"{path}: cannot be written: {error.strerror}; the file that was there before is whole; make room, and the same "
                        "command goes on from it") from None
 
@@ -598,9 +643,11 @@ def run(given):
         dist.barrier()
     path = Path(configs[0].out) / "results.json"
     try:
-        results = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        raise BadInput(f"{path}: not JSON; remove it, and every stage is evaluated again") from None
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not all(isinstance(result, dict) for result in results.values()):
+            raise ValueError
+    except (ValueError, AttributeError, RecursionError):
+        raise BadInput(f"{path}: not JSON of results by stage; remove it, and every stage is evaluated again") from None
     for config in configs:
         trained = train(config, rank, world, device)
         checkpoint, before = f"{config.out}/{config.stage}.pt", results.get(config.stage, {})
@@ -614,7 +661,10 @@ def run(given):
                       f"{evaluation.draw_curves(log, log.with_suffix('.png'), results[config.stage])}")
         elif rank == 0:
             print(f"{config.stage}: done before ({checkpoint})")
-            evaluation.show(before)
+            try:
+                evaluation.show(before)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+                raise BadInput(f"{path}: {config.stage}: not results; remove the file, and every stage is evaluated again") from None
     if rank == 0:
         print(f"\nall done: {path}")
 
@@ -639,4 +689,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    from train import main as command      # one module of this name: eval.py asks it for the rules of a checkpoint
+    command()

@@ -1,4 +1,4 @@
-"""Shared by the tests: where the golden files are, the backbone recipe, and a tiny rendered data set (once a session)."""
+"""Shared by the tests: the golden files, the backbone recipe, and once a session a tiny rendered data set and the three stages trained on it."""
 import sys
 import zlib
 from pathlib import Path
@@ -10,6 +10,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 GOLDEN = Path(__file__).parent / "golden"
+SMALL = ("--steps 2 --batch 4 --workers 0 --frames 4 --shortest 48,64,16 --longest 96 --dim 32 --heads 4 --queries 9 --ffn 32 "
+         "--decoder-layers 2 --keep 6,4,2 --train-frames 2 --per-live 4 --width 32 --layers 1 --vit-heads 2 --size 48 --embedding 16 --log-every 1").split()
 
 
 def pytest_configure(config):
@@ -45,3 +47,12 @@ def livestreams(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "livestreams"
     data.render(root, lives=2, val_lives=1, test_lives=2, products=4, clips=4, gallery=4, frames=4, size=64, processes=1, progress=False)
     return root
+
+
+@pytest.fixture(scope="session")
+def run_one(livestreams, tmp_path_factory):
+    """A run folder in which all three stages were trained by one process, two steps each."""
+    import train
+    out = tmp_path_factory.mktemp("one")
+    train.main(["--data", str(livestreams), "--out", str(out), *SMALL])
+    return out

@@ -15,23 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, golden
+from conftest import ROOT, SMALL, golden
 
 import data
 import eval as evaluation
 import rice
 import train
-
-SMALL = ("--steps 2 --batch 4 --workers 0 --frames 4 --shortest 48,64,16 --longest 96 --dim 32 --heads 4 --queries 9 --ffn 32 "
-         "--decoder-layers 2 --keep 6,4,2 --train-frames 2 --per-live 4 --width 32 --layers 1 --vit-heads 2 --size 48 --embedding 16 --log-every 1").split()
-
-
-@pytest.fixture(scope="session")
-def run_one(livestreams, tmp_path_factory):
-    """A run folder in which all three stages were trained by one process, two steps each."""
-    out = tmp_path_factory.mktemp("one")
-    train.main(["--data", str(livestreams), "--out", str(out), *SMALL])
-    return out
 
 
 @pytest.fixture(scope="session")
