@@ -140,7 +140,7 @@ def test_frames_of_a_folder_come_in_order_of_their_numbers(tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (["--live", "nowhere"], "no such file or folder"), (["--shop", "nowhere"], "no such folder"), (["--every", "0"], "--every"),
     (["--every", "nan"], "--every"), (["--window", "0"], "--window"), (["--top", "-1"], "--top"), (["--rerank", "-2"], "--rerank"),
-    (["--fps", "0"], "--fps"), (["--asr", "nowhere.txt"], "nowhere.txt"), (["--titles", "bad.txt"], "bad.txt:2: expected image<TAB>title"),
+    (["--fps", "0"], "--fps"), (["--asr", "nowhere.txt"], "nowhere.txt"), (["--titles", "bad.txt"], "bad.txt:2: expected image<TAB>text"),
     (["--asr", "words.txt"], "words.txt:1: 'soon' is no number of seconds"), (["--asr", "latin.txt"], "expected UTF-8"),
     (["--detector", "nowhere.pt"], "nowhere.pt"), (["--live", "empty"], "no .jpg and no .png")])
 def test_wrong_questions_are_one_line(run_one, recording, tmp_path, monkeypatch, capsys, flags, says):
