@@ -83,6 +83,8 @@ def guarded(command, *arguments):
     try:
         return command(*arguments)
     except (BadInput, OSError, MemoryError) as error:
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()                                          # or the line would stand behind a bar
         # An error of a loader process comes wrapped in that process's traceback: its own message is the last line.
         lines = f"{type(error).__name__}\n{error}".strip().splitlines()
         named = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else lines[-1]
@@ -227,7 +229,7 @@ def _index(path, complain=None):
                 continue
             # A box list of [] was never annotated: no detector may learn from it that nothing is there.
             annotated = len(columns[2]) > 8 or columns[2].translate(None, b" ") not in (b"", b"[]")
-            packed += ROW_BYTES.pack(start, _number(columns[3].strip()), _number(columns[0].rsplit(b"-", 2)[0]), row,
+            packed += ROW_BYTES.pack(start, *_numbers(columns), row,
                                      columns[1].count(b",") + (columns[1].strip(b" []") != b""), annotated)
             raw = columns[5].strip()
             if raw and int(raw) not in categories:
@@ -248,6 +250,11 @@ def _index(path, complain=None):
 def _number(name):
     """A number from 0 that stands for an id, -1 for none; two ids share one once in 2 ** 63."""
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1 if name else -1
+
+
+def _numbers(columns):
+    """The numbers that stand for the image and the live of a training row's columns."""
+    return _number(columns[3].strip()), _number(columns[0].rsplit(b"-", 2)[0])
 
 
 def _count(entry):
@@ -395,12 +402,13 @@ class Lives:
                         self.asr.get(video_id, ""), [str(self.kinds.get(f, "")) for f in frame_ids] if self.kinds else None)
         where = self.where(i)
         with open(self.files[int(np.searchsorted(self.ends, i, side="right"))], "rb") as file:
-            file.seek(self.offsets[i])
-            try:
-                columns = file.readline().decode("utf-8").rstrip("\r\n").split("\t")
-            except UnicodeDecodeError:
-                raise BadInput(f"{where}: expected UTF-8 text") from None
-        if len(columns) != 11:
+            file.seek(max(0, self.offsets[i]))
+            line = file.readline().rstrip(b"\r\n")
+        try:
+            columns = line.decode("utf-8").split("\t")
+        except UnicodeDecodeError:
+            raise BadInput(f"{where}: expected UTF-8 text") from None
+        if len(columns) != 11 or _numbers(line.split(b"\t")) != (self.product[i], self.live[i]):
             raise BadInput(f"{where}: not the row that was indexed; remove {self.root}/annotations/.*.index.npz, and it is made again")
         _safe_id(columns[0], f"{where}: video_id")
         frame_ids = [_safe_id(f, f"{where}: frame_id list") for f in _literal(columns[1], f"{where}: frame_id list")]

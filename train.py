@@ -158,7 +158,7 @@ def configure(given, stage):
     for name, count in (("shortest", 3), ("keep", None)):
         numbers = getattr(config, name).split(",")
         if not all(n.isdecimal() and len(n) < 7 and int(n) > 0 for n in numbers) or len(numbers) != (count or len(numbers)):
-            raise BadInput(f"--{name} {getattr(config, name)}: expected {count or 'one or more'} whole numbers and commas between")
+            raise BadInput(f"--{name} {getattr(config, name)[:60]}: expected {count or 'one or more'} whole numbers and commas between")
         setattr(config, name, [int(n) for n in numbers])
     checks = [(config.shortest[0] <= config.shortest[1], "--shortest: the lowest comes before the highest"),
               (config.drop <= 1, "--drop is a share, 0 to 1"),
