@@ -27,6 +27,7 @@ import tempfile
 import time
 import uuid
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -1318,70 +1319,90 @@ def read_asr(path):
     return sorted(rows)
 
 
-@torch.no_grad()
-def embed_shop(model, tokenizer, config, key, folder, titles, device):
-    """Names [M], embeddings [M,D] and which could be read [M] of the pictures in a folder.
+@dataclass
+class Shop:
+    """The pictures of a folder by name, with titles, embeddings [M,D] and which of them could be read [M]."""
+    folder: Path
+    names: list
+    titles: dict
+    feature: torch.Tensor = None
+    readable: torch.Tensor = None
 
-    Kept beside the folder under the model's fingerprint `key`; only what is new or changed since is embedded again.
-    """
-    folder = Path(folder)
+    def read(self, name):
+        return data.read_picture(self.folder / name)
+
+    def images(self, tokenizer, config):
+        return data.ImageSet(self.read, self.titles, tokenizer, config["size"], self.names, config["text"])
+
+
+@torch.no_grad()
+def open_shop(folder, titles, model, tokenizer, config, key, device):
+    """The Shop of a folder. Its embeddings are kept beside it under the model's fingerprint `key`; only what is new or
+    changed since is embedded again. titles: {name, with or without ending: text}."""
     files = data.picture_files(folder)
-    names = [path.relative_to(folder).as_posix() for path in files]
-    titles = {name: titles.get(name, titles.get(name.rpartition(".")[0], "")) for name in names}
-    stamps = np.array([(path.stat().st_size, path.stat().st_mtime_ns, zlib.crc32(titles[name].encode()))
-                       for path, name in zip(files, names)], np.int64)
-    kept, known = folder.resolve().parent / f".{folder.resolve().name}-{key[:12]}.npz", {}
+    shop = Shop(Path(folder), [path.relative_to(folder).as_posix() for path in files], {})
+    shop.titles = {name: titles.get(name, titles.get(name.rpartition(".")[0], "")) for name in shop.names}
+    stamps = [(path.stat().st_size, path.stat().st_mtime_ns, zlib.crc32(shop.titles[name].encode()))
+              for path, name in zip(files, shop.names)]
+    kept, known = shop.folder.resolve().parent / f".{shop.folder.resolve().name}-{key[:12]}.npz", {}
     try:
         with np.load(kept) as saved:
             for name, stamp, feature, seen in zip(saved["names"], saved["stamps"], saved["feature"], saved["seen"]):
                 if feature.shape == (config["embedding"],) and feature.dtype == np.float32:
-                    known[str(name)] = tuple(stamp), feature, bool(seen)
+                    known[str(name)] = tuple(stamp.tolist()), feature, bool(seen)
     except Exception:                                # none, or a torn one, which raises whatever its bytes lead to:
         pass                                         # it is made again
-    new = [n for n, name in enumerate(names) if name not in known or known[name][0] != tuple(stamps[n])]
+    new = [n for n, name in enumerate(shop.names) if name not in known or known[name][0] != stamps[n]]
     if new:
-        shop = data.ImageSet(lambda name: data.read_picture(folder / name), titles, tokenizer, config["size"], names, config["text"])
         encode = image_encoder(model)
-        feature, seen = embed(lambda batch: encode(batch)[::2], shop, new, config, device, "embed the shop")
-        for n, row, ok in zip(new, feature.cpu().numpy(), seen.tolist()):
-            known[names[n]] = tuple(stamps[n]), row, ok
+        feature, seen = embed(lambda batch: encode(batch)[::2], shop.images(tokenizer, config), new, config, device, "embed the shop")
+        known |= {shop.names[n]: (stamps[n], *row) for n, *row in zip(new, feature.cpu().numpy(), seen.tolist())}
+    feature, seen = (np.array([known[name][place] for name in shop.names]) for place in (1, 2))
+    if new:
         try:
             with data.whole(kept) as part, open(part, "wb") as file:
-                np.savez(file, names=names, stamps=stamps, feature=np.stack([known[name][1] for name in names]),
-                         seen=np.array([known[name][2] for name in names]))
+                np.savez(file, names=shop.names, stamps=np.array(stamps), feature=feature, seen=seen)
         except OSError as error:
             print(f"{kept}: cannot be written ({error.strerror}); the shop will be embedded anew next time")
-    feature = torch.from_numpy(np.stack([known[name][1] for name in names])).to(device)
-    return names, titles, feature, torch.tensor([known[name][2] for name in names], device=device)
+    shop.feature, shop.readable = torch.from_numpy(feature).to(device), torch.from_numpy(seen).to(device)
+    return shop
+
+
+def finder_of(path, checkpoint, detector, device):
+    """The detector that a RICE sees a live through: model, configuration, categories; None when it sees whole frames."""
+    if checkpoint["config"]["view"] == "frame":
+        return None
+    found = read_checkpoint(detector) if detector else checkpoint.get("detector")
+    if not found:
+        raise BadInput(f"{path} was trained on true boxes and holds no detector: name one with --detector runs/tiny/md.pt")
+    if found["config"]["stage"] == "rice":
+        raise BadInput(f"--detector {detector}: expected a checkpoint of --stage sd or md")
+    return restore(found, device)[0], found["config"] | {"workers": 0}, found["categories"]
 
 
 @torch.no_grad()
-def answer_clip(recording, checkpoint, detector, model, tokenizer, shop, top, rerank_top, device):
-    """One window of a recording -> boxes [T] (x1 y1 x2 y2 score in pixels, or None) and its `top` images [(name, score)]."""
-    config, (names, titles, feature, readable, folder) = checkpoint["config"], shop
+def answer_clip(recording, model, tokenizer, config, finder, shop, top, rerank_top, device):
+    """One window of a recording -> boxes [T] (x1 y1 x2 y2 score in pixels, or None) and its first images [(name, score)]."""
     boxes, drawn = None, [None] * len(recording.pictures)
-    if config["view"] != "frame":
-        built, settings, categories, stage = detector
-        found = predict(built, settings, categories, recording, device)
+    if finder:
+        found = predict(*finder, recording, device)
+        stage = finder[1]["stage"]
         boxes = seen_through(found, stage, 1)
         for t, row in zip(found["position"], found[stage]):
             drawn[int(t)] = [round(float(v), 2) for v in row[:4]] + [round(float(row[4]), 4)] if row[4] >= 0 else None
     clips = data.PairSet(recording, tokenizer, config["frames"], config["size"], model.visual.grid, config["view"], boxes, False,
                          text=config["text"])
-    clip, tokens, padding, seen = embed(clip_encoder(model), clips, [0], config, device)              # [1,D], [1,R,W], [1,R], [1]
+    clip, tokens, padding, seen = embed(clip_encoder(model), clips, [0], config, device)         # [1,D], [1,R,W], [1,R], [1]
     if not seen.any():
         return drawn, []
-    scores = (model.scale() * clip @ feature.T).masked_fill(~readable, -math.inf)                      # [1,M]
-    first = scores[0].topk(min(max(top, rerank_top), len(names))).indices
+    scores = (model.scale() * clip @ shop.feature.T).masked_fill(~shop.readable, -math.inf)      # [1,M]
+    first = scores[0].topk(min(rerank_top or max(top, 2), len(shop.names))).indices              # [N]
+    scores = scores[:, first]                                                                    # [1,N]
     if rerank_top:
-        first = first[:rerank_top]
-        images = data.ImageSet(lambda name: data.read_picture(folder / name), titles, tokenizer, config["size"], names, config["text"])
-        _, image_tokens, _ = embed(image_encoder(model), images, first.tolist(), config, device)
-        fused = scores[:, first] + rerank(model, scores[:, first], image_tokens, tokens, padding, len(first))   # [1,N]
-        scores, order = fused[0], fused[0].argsort(descending=True, stable=True)
-    else:
-        scores, order = scores[0, first], torch.arange(len(first))
-    return drawn, [(names[int(first[n])], round(float(scores[n]), 4)) for n in order[:max(top, 2)] if scores[n] > -math.inf]
+        _, image_tokens, _ = embed(image_encoder(model), shop.images(tokenizer, config), first.tolist(), config, device)
+        scores = scores + rerank(model, scores, image_tokens, tokens, padding, len(first))       # [1,N]
+    order = scores[0].argsort(descending=True, stable=True)[:max(top, 2)]
+    return drawn, [(shop.names[int(first[n])], round(float(scores[0, n]), 4)) for n in order if scores[0, n] > -math.inf]
 
 
 def clock(seconds):
@@ -1397,44 +1418,32 @@ def recognise(path, source, shop, out, every=10.0, window=10, top=5, rerank_top=
     A run that was stopped goes on after its last line. Memory holds one clip. -> the answers
     """
     device, checkpoint = pick_device(), read_checkpoint(path)
-    config = checkpoint["config"] | {"workers": 0}
-    checkpoint["config"] = config
+    config, key = {"text": "both"} | checkpoint["config"] | {"workers": 0}, fingerprint(checkpoint)
     if config["stage"] != "rice":
         raise BadInput(f"--ckpt {path}: a live is recognised by a checkpoint of --stage rice, this one is {config['stage']}")
-    checks = ((every > 0 and math.isfinite(every), "--every"), (window > 0, "--window"), (top > 0, "--top"), (rerank_top >= 0, "--rerank"),
-              (fps > 0 and math.isfinite(fps), "--fps"))
-    for right, name in checks:
-        if not right:
-            raise BadInput(f"{name}: expected a number above 0")
+    for name, value in (("every", every), ("fps", fps), ("window", window), ("top", top), ("rerank", rerank_top + 1)):
+        if not 0 < value < math.inf:
+            raise BadInput(f"--{name}: expected a number above 0")
     if rerank_top and "pmd" not in config["losses"].split(","):
         raise BadInput(f"--rerank: {path} has no PMD (--losses {config['losses']})")
     length, said = seconds_of(source, fps), read_asr(asr) if asr else []
     model, tokenizer = restore(checkpoint, device)
-    finder = None
-    if config["view"] != "frame":
-        found = read_checkpoint(detector) if detector else checkpoint.get("detector")
-        if not found or found["config"]["stage"] == "rice":
-            raise BadInput(f"{path} was trained on true boxes and holds no detector: name one with --detector runs/tiny/md.pt"
-                           if not found else f"--detector {detector}: expected a checkpoint of --stage sd or md")
-        finder = restore(found, device)[0], found["config"] | {"workers": 0}, found["categories"], found["config"]["stage"]
+    finder = finder_of(path, checkpoint, detector, device)
     known = {name: text for _, name, text in read_tabbed(titles, "image")} if titles else {}
-    key = fingerprint(checkpoint)
-    names, known, feature, readable = embed_shop(model, tokenizer, config, key, shop, known, device)
-    out = Path(out)
+    shop = open_shop(shop, known, model, tokenizer, config, key, device)
+    out = data.output_folder(out)
     data.output_folder(out / "clips")
-    settings = {"live": str(Path(source).resolve()), "shop": str(Path(shop).resolve()), "checkpoint": key, "every": every, "window": window,
-                "top": top, "rerank": rerank_top, "fps": fps, "asr": asr, "titles": titles, "detector": detector}
+    settings = {"live": str(Path(source).resolve()), "shop": str(shop.folder.resolve()), "checkpoint": key, "every": every,
+                "window": window, "top": top, "rerank": rerank_top, "fps": fps, "asr": asr, "titles": titles, "detector": detector}
     answers = answers_before(out, settings)
     start = answers[-1]["end"] if answers else 0.0
-    stream, seconds = frames_of(source, every, fps, start), every * window
+    stream = frames_of(source, every, fps, start)
     with open(out / "answers.jsonl", "a", encoding="utf-8") as file, \
             tqdm(total=round(length), initial=round(start), unit="s", desc=f"recognise {Path(source).name}") as bar:
         while pictures := list(itertools.islice(stream, window)):
             end = start + len(pictures) * every
             words = " ".join(text for second, text in said if start <= second < end)
-            recording = Recording(source, pictures, words)
-            boxes, best = answer_clip(recording, checkpoint, finder, model, tokenizer, (names, known, feature, readable, Path(shop)),
-                                      top, rerank_top, device)
+            boxes, best = answer_clip(Recording(source, pictures, words), model, tokenizer, config, finder, shop, top, rerank_top, device)
             margin = round(best[0][1] - best[1][1], 4) if len(best) > 1 else None
             answers.append({"start": start, "end": end, "boxes": boxes, "asr": words, "top": best[:top], "margin": margin})
             live_strip(pictures, boxes).save(out / "clips" / f"{len(answers) - 1:06d}.jpg", quality=90)
@@ -1446,11 +1455,11 @@ def recognise(path, source, shop, out, every=10.0, window=10, top=5, rerank_top=
     if not answers:
         raise BadInput(f"--live {source}: no frame in it")
     segments = segments_of(answers)
-    print(f"\n{len(answers)} clips of {clock(seconds)}, {len(names)} shop images; clips in a row with the same answer are one line\n")
+    print(f"\n{len(answers)} clips of {window} frames, {len(shop.names)} shop images; clips in a row with the same answer are one line\n")
     print(table(("product", "from", "to", "clips", "score", "margin", "title"), [
-        (s["image"], clock(s["start"]), clock(s["end"]), str(len(s["clips"])), s["score"], s["margin"], known.get(s["image"], "")[:40])
-        for s in segments]))
-    print(f"\nanswers: {out / 'answers.jsonl'}\npictures: {', '.join(map(str, draw_answers(answers, segments, out, Path(shop), known)))}")
+        (s["image"], clock(s["start"]), clock(s["end"]), str(len(s["clips"])), s["score"], s["margin"],
+         shop.titles.get(s["image"], "")[:40]) for s in segments]))
+    print(f"\nanswers: {out / 'answers.jsonl'}\npictures: {', '.join(map(str, draw_answers(answers, segments, out, shop)))}")
     return answers
 
 
@@ -1501,14 +1510,15 @@ def live_strip(pictures, boxes, frames=3):
     return join(strip, 0, 4)
 
 
-def draw_answers(answers, segments, out, shop, titles):
+def draw_answers(answers, segments, out, shop):
     """A ranking sheet with a row for each segment, of its surest clip; the borders are grey, for nobody knows the truth."""
-    rows, read = [], lambda name: data.read_picture(shop / name)
+    rows = []
     for segment in segments:
         n = max(segment["clips"], key=lambda n: answers[n]["margin"] or 0)
         with Image.open(out / "clips" / f"{n:06d}.jpg") as strip:
             strip = strip.convert("RGB")
-        shown = [(open_picture(read, name), f"{score:.1f} {titles.get(name) or name}", BORDERS[None]) for name, score in answers[n]["top"]]
+        shown = [(open_picture(shop.read, name), f"{score:.1f} {shop.titles.get(name) or name}", BORDERS[None])
+                 for name, score in answers[n]["top"]]
         said = f'"{answers[n]["asr"]}"' if answers[n]["asr"] else ""
         rows.append(ranking_row(strip, said, shown, f"{clock(segment['start'])} - {clock(segment['end'])}"))
     return pages(rows, out, "answers")

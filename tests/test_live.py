@@ -85,15 +85,16 @@ def test_the_shop_is_embedded_once_and_anew_where_it_changed(run_one, recording,
     checkpoint = evaluation.read_checkpoint(run_one / "rice.pt")
     checkpoint["config"]["workers"] = 0
     model, tokenizer = evaluation.restore(checkpoint, torch.device("cpu"))
-    again = lambda key="a" * 64: evaluation.embed_shop(model, tokenizer, checkpoint["config"], key, shop, {}, torch.device("cpu"))
-    names, _, feature, seen = again()
-    assert embedded == [4] and seen.all() and len(names) == 4
-    assert torch.equal(again()[2], feature) and embedded == [4]
-    Image.new("RGB", (40, 30), "red").save(shop / names[-1])
+    again = lambda key="a" * 64: evaluation.open_shop(shop, {}, model, tokenizer, checkpoint["config"], key, torch.device("cpu"))
+    before = again()
+    assert embedded == [4] and before.readable.all() and len(before.names) == 4
+    assert torch.equal(again().feature, before.feature) and embedded == [4]
+    Image.new("RGB", (40, 30), "red").save(shop / before.names[-1])
     (shop / "broken.png").write_bytes(b"no picture")
-    names, _, after, seen = again()
-    assert embedded == [4, 2] and seen.sum() == 4 and not seen[names.index("broken.png")]
-    assert sum(torch.equal(a, b) for a, b in zip(after[:len(feature)], feature)) >= 2
+    after = again()
+    assert embedded == [4, 2] and after.readable.sum() == 4 and not after.readable[after.names.index("broken.png")]
+    for name, row in zip(before.names, before.feature):
+        assert torch.equal(after.feature[after.names.index(name)], row) == (name != before.names[-1])
     again("b" * 64)
     assert embedded == [4, 2, 5]
     (kept,) = tmp_path.glob(f".shop-{'b' * 12}.npz")
