@@ -61,6 +61,7 @@ from tqdm import tqdm
 # draft mode 8.6; to 224: 3.5 and 3.7); since 0.29 every call announces its successor, another package.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision are deprecated")
 warnings.filterwarnings("ignore", category=SyntaxWarning, message="invalid escape sequence")  # of a list in a row; says no file
+warnings.filterwarnings("ignore", message="Detected pickle protocol")            # of a checkpoint that is none, which is refused anyway
 
 SPLITS = {"scale": ("small", "medium", "large"), "duration": ("short", "medium", "long"),
           "number": ("abundant", "medium", "few")}
@@ -515,7 +516,7 @@ def even_frames(count, frames):
 def train_tokenizer(texts, vocab=2000):
     """A sentencepiece model (its bytes) of the training texts; b"" when there is no text at all."""
     import sentencepiece
-    texts = [t for t in texts if t.strip()]
+    texts = [t[:2000] for t in texts if t.strip()]    # a text that repeats itself takes the square of its length
     if not texts:
         return b""
     model = io.BytesIO()

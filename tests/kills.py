@@ -8,7 +8,6 @@ between writing and renaming one. Weights, optimizer and log are then compared w
 import argparse
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,47 +17,37 @@ from pathlib import Path
 
 import torch
 from conftest import ROOT, SMALL
-from tqdm import tqdm
 
 import data
 import train
 
-# argv: what dies, the how-manieth time, flags of train.py
+# A life: what it dies of, at which checkpoint, flags of train.py.
 LIFE = """
-import os, signal, sys, train
-what, left, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-fsync, replace = os.fsync, os.replace
+import os, sys, train
+what, left, fsync, replace = sys.argv[1], int(sys.argv[2]), os.fsync, os.replace
 def die(when, path):
     global left
-    left -= what == when and str(path).endswith(".pt.part")
+    left -= what == when and path.endswith(".pt.part")
     return what == when and left < 0
 def half(file):
     if die("half a checkpoint", os.readlink(f"/proc/self/fd/{file}")):
-        os.ftruncate(file, os.fstat(file).st_size // 2)
-        os.kill(os.getpid(), 9)
+        os.kill(os.ftruncate(file, os.fstat(file).st_size // 2) or os.getpid(), 9)
     fsync(file)
-def rename(source, target):
-    if die("before the rename", source):
-        os.kill(os.getpid(), 9)
-    replace(source, target)
-os.fsync, os.replace = half, rename
-train.main(flags)
+os.fsync = half
+os.replace = lambda source, target: os.kill(os.getpid(), 9) if die("before the rename", str(source)) else replace(source, target)
+train.main(sys.argv[3:])
 """
 
 
-def step_of(checkpoint):
-    """The step a checkpoint stands at, 0 when there is none; it has to be whole at any moment."""
-    return torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0
-
-
 def live(what, left, flags, path, rng):
-    """One life of the command -> what happened to it, None when it came to its end."""
-    process = subprocess.Popen([sys.executable, "-c", LIFE, what, str(left), *flags], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    """One life -> what it died of, None when it came to its end."""
+    process = subprocess.Popen([sys.executable, "-c", LIFE, what, str(left), *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    saved = lambda: path.stat().st_mtime_ns if path.exists() else 0
+    before = saved()
+    while what == "training" and process.poll() is None and saved() == before:
+        time.sleep(0.01)                                                         # until it has saved once
     if what in ("training", "starting"):
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        while what == "training" and process.poll() is None and (path.stat().st_mtime_ns if path.exists() else 0) == before:
-            time.sleep(0.01)                                                     # until it has saved once
         delay = rng.uniform(0, 1 if what == "training" else 6)
         what = f"{what}, {delay:.3f} s"
         try:
@@ -74,38 +63,37 @@ def live(what, left, flags, path, rng):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", choices=train.STAGES, default="sd")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=400)
+    for name, default in (("kills", 20), ("seed", 0), ("steps", 400)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
-    rng, root = random.Random(options.seed), Path(tempfile.mkdtemp())
-    data.render(root / "lives", lives=2, val_lives=1, test_lives=2, products=4, clips=4, gallery=4, frames=4, size=64, processes=1, progress=False)
-    flags = {name: ["--data", str(root / "lives"), *SMALL, "--steps", str(options.steps), "--save-every", "1", "--detectors",
-                    str(root / "detectors"), "--out", str(root / name)] for name in ("whole", "killed")}
-    for stage in train.STAGES[:train.STAGES.index(options.stage)]:
-        train.main(["--stage", stage, "--data", str(root / "lives"), *SMALL, "--out", str(root / "detectors")])
-    live("nothing", 0, ["--stage", options.stage, *flags["whole"]], root / "none", rng)
+    with tempfile.TemporaryDirectory() as root:
+        sys.exit(compare(options, Path(root), random.Random(options.seed)))
+
+
+def compare(options, root, rng):
+    data.render(root / "lives", lives=2, val_lives=1, test_lives=2, products=4, clips=4, gallery=4, frames=4, size=64, processes=1)
+    common = ["--data", str(root / "lives"), *SMALL, "--stage"]
+    for before in train.STAGES[:train.STAGES.index(options.stage)]:
+        train.main([*common, before, "--out", str(root / "before")])
+    common += [options.stage, "--steps", str(options.steps), "--save-every", "1", "--detectors", str(root / "before"), "--out"]
     path, deaths = root / "killed" / f"{options.stage}.pt", 0
-    print(f"{'kill':>4}  {'moment':<26}{'step':>5}")
-    with tqdm(total=options.kills, unit="kill") as bar:
-        while deaths < options.kills:
-            what = rng.choice(["training", "training", "starting", "half a checkpoint", "before the rename"])
-            what = live(what, rng.randrange(12), ["--stage", options.stage, *flags["killed"]], path, rng)
-            if what is None:
-                break
-            deaths += 1
-            tqdm.write(f"{deaths:>4}  {what:<26}{step_of(path):>5}")
-            bar.update()
-    live("nothing", 0, ["--stage", options.stage, *flags["killed"]], path, rng)
-    one, two = (torch.load(root / name / f"{options.stage}.pt", weights_only=True) for name in ("whole", "killed"))
-    same = {"weights": all(torch.equal(value, two["model"][name]) for name, value in one["model"].items()),
-            "optimizer": all(torch.equal(value, two["optimizer"]["state"][p][name])
-                             for p, state in one["optimizer"]["state"].items() for name, value in state.items()),
-            "log": len({(root / name / f"{options.stage}.jsonl").read_bytes() for name in ("whole", "killed")}) == 1,
-            "no leftovers": not list((root / "killed").glob("*.part")), "as many kills as asked for": deaths == options.kills}
-    print(f"{options.stage}, {deaths} kills, {one['step']} steps: " + ", ".join(f"{name} {'ok' if ok else 'NOT OK'}" for name, ok in same.items()))
-    shutil.rmtree(root)
-    sys.exit(0 if all(same.values()) else 1)
+    live("nothing", 0, [*common, str(root / "whole")], path, rng)
+    print(f"\n{'kill':>4}  {'moment':<26}{'step':>5}")
+    while deaths < options.kills:
+        what = rng.choice(["training", "training", "starting", "half a checkpoint", "before the rename"])
+        what = live(what, rng.randrange(12), [*common, str(path.parent)], path, rng)
+        if what is None:
+            break
+        deaths += 1
+        print(f"{deaths:>4}  {what:<26}{torch.load(path, weights_only=True)['step'] if path.exists() else 0:>5}", flush=True)
+    live("nothing", 0, [*common, str(path.parent)], path, rng)
+    one, two = (torch.load(root / name / path.name, weights_only=True) for name in ("whole", "killed"))
+    state = lambda c: {(p, name): value for p, s in c["optimizer"]["state"].items() for name, value in s.items()}
+    same = lambda a, b: a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+    right = {"weights": same(one["model"], two["model"]), "optimizer": same(state(one), state(two)), "no leftovers": not list(path.parent.glob("*.part")),
+             "log": len({(root / name / f"{options.stage}.jsonl").read_bytes() for name in ("whole", "killed")}) == 1, "as many kills as asked for": deaths == options.kills}
+    print(f"{options.stage}, {deaths} kills, {two['step']} steps: " + ", ".join(f"{name} {'ok' if ok else 'NOT OK'}" for name, ok in right.items()))
+    return 0 if all(right.values()) else 1
 
 
 if __name__ == "__main__":
