@@ -170,8 +170,8 @@ def _object(pairs):
     """A JSON object in which no key stands twice, for the last one would win unseen."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{ascii(next(key for n, key in enumerate(keys) if key in keys[:n]))[:60]} stands twice")
+        seen = set()
+        raise ValueError(f"{ascii(next(key for key, _ in pairs if key in seen or seen.add(key)))[:60]} stands twice")
     return value
 
 
@@ -448,7 +448,8 @@ class Lives:
     def frame(self, name):
         """Frame `name` uint8 [3,H,W], and the (width, height) that its boxes are given in: another one than the picture's
         when it was stored smaller and its side file NAME.json (img2dataset's) tells original_width and original_height."""
-        image, side = self.read("frames", name), f"{self._path('frames', name)[:-4]}.json"
+        path = self._path("frames", name)
+        image, side = read_picture(path), f"{path[:-4]}.json"
         if not os.path.lexists(side):
             return image, (image.shape[2], image.shape[1])
         try:
@@ -1429,13 +1430,15 @@ def link(download, root):
     """
     done = {"linked": 0, "there before": 0, "failed to download": 0, "without an id": 0}
     sides = (os.path.join(folder, name) for folder, _, names in os.walk(download) for name in sorted(names)
-             if name.endswith(".json") and not name.endswith("_stats.json") and not os.path.islink(os.path.join(folder, name)))
+             if name.endswith(".json") and not name.endswith("_stats.json"))
     if not Path(download).is_dir():
         raise BadInput(f"{download}: no such folder; expected what img2dataset wrote with --output_format files")
     with tqdm(sides, unit="picture", desc=f"link {download}") as bar:
         for side in bar:
             picture = next((p for p in (side[:-5] + ".jpg", side[:-5] + ".png") if os.path.isfile(p) and not os.path.islink(p)), None)
             try:
+                if os.path.islink(side):                                    # may lead anywhere
+                    raise ValueError
                 about = json.loads(Path(side).read_text(encoding="utf-8"))
                 name = _safe_id(Path(str(about["url"]).split("?")[0]).stem, side)
             except (ValueError, KeyError, TypeError, RecursionError, BadInput):
