@@ -50,7 +50,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision.io
 from PIL import Image, ImageDraw, ImageFilter
 from torch.utils.data import Dataset
@@ -70,7 +69,6 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                        #
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what CLIP's weights expect
 
 
-FORGOTTEN = 0.3                                   # share of a text's tokens that a training sample leaves out
 LARGEST = 100_000_000                             # pixels of a picture; a file that claims more would take the memory of all
 Image.MAX_IMAGE_PIXELS = None                     # Pillow's own limit, which warns first
 
@@ -731,15 +729,17 @@ class PairSet(Dataset):
         except BadInput as error:
             if self.lives.split != "train":
                 raise
-            item = self._filled([], [], int(self.clips[key[1]]), self.tokenizer(""), self.tokenizer(""), str(error))
+            item = self._filled([], [], int(self.clips[key[1]]), "", "", str(error))
             return item | {"image": torch.zeros(3, self.size, self.size, dtype=torch.uint8), "product": -1}
 
     def _filled(self, views, keep, c, asr, title, bad):
-        """An item of `frames` views, filled up where there are fewer; asr and title are tokens [N]."""
+        """An item of `frames` views, filled up where there are fewer."""
         missing = self.frames - len(views)
         return {"frames": torch.stack(views + [torch.zeros(3, self.size, self.size, dtype=torch.uint8)] * missing),
                 "keep": torch.stack(keep + [torch.ones(self.grid ** 2, dtype=torch.bool)] * missing),
-                "valid": torch.arange(self.frames) < len(views), "clip": c, "bad": bad, "asr": asr, "title": title}
+                "valid": torch.arange(self.frames) < len(views), "clip": c, "bad": bad,
+                "asr": self.tokenizer(asr if self.text in ("asr", "both") else ""),
+                "title": self.tokenizer(title if self.text in ("title", "both") else "")}
 
     def _item(self, epoch, i):
         c = int(self.clips[i])
@@ -766,8 +766,7 @@ class PairSet(Dataset):
             view, kept = self._view(image, box, rng)
             views.append(self._augment(view, rng))
             keep.append(kept)
-        asr, title = (self._tokens(text, name, rng) for text, name in ((clip.asr, "asr"), (clip.title, "title")))
-        item = self._filled(views, keep, c, asr, title, bad)
+        item = self._filled(views, keep, c, clip.asr, clip.title, bad)
         if self.train:
             image = self.lives.read("images", clip.image_ids[0])
             item["image"] = self._augment(TF.resize(image, (self.size, self.size), antialias=True), rng)
@@ -787,16 +786,6 @@ class PairSet(Dataset):
         kept = (touch_y[:, None] & touch_x[None, :]).flatten()                                     # [P]
         whole = TF.resize(image, (self.size, self.size), antialias=True)
         return whole, kept if self.view == "mask" and kept.any() else torch.ones_like(kept)
-
-    def _tokens(self, text, name, rng):
-        """Tokens [N] of a text that is to be read; in training some are forgotten, or chatter would be learnt by heart."""
-        tokens = self.tokenizer(text if self.text in (name, "both") else "")
-        if not self.augment:
-            return tokens
-        kept = torch.from_numpy(rng.random(len(tokens)) >= FORGOTTEN)
-        kept[0] = True                                                                              # the start token
-        left = tokens[kept & (tokens > 0)]
-        return F.pad(left, (0, len(tokens) - len(left)))
 
     def _augment(self, view, rng):
         if not self.augment:

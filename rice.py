@@ -108,10 +108,9 @@ def _without_visual(model, state, prefix, *_):
 
 
 class TextEncoder(nn.Module):
-    """A small transformer over sentencepiece tokens: ids [B,N] (1 start, 0 padding) -> one vector [B,W], their mean.
+    """A small transformer over sentencepiece tokens: ids [B,N] (1 start, 0 padding) -> one vector [B,W], the start token's.
 
-    The mean, because words that an ASR and a title share then count from the first step on. The start token is always there,
-    so an empty text has a vector too: the one that says "nothing was said".
+    The start token is always there, so an empty text has a vector too: the one that says "nothing was said".
     """
 
     def __init__(self, vocab, width, heads, layers=2, length=24):
@@ -123,8 +122,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids):
         x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]                 # [B,N,W]
-        x, there = self.transformer(x, ids == 0), (ids > 0)[..., None]                           # [B,N,W], [B,N,1]
-        return self.ln_final((x * there).sum(1) / there.sum(1))                                  # [B,W]
+        return self.ln_final(self.transformer(x, ids == 0)[:, 0])                                # [B,W]
 
 
 # ------------------------------------------------------------------ all processes

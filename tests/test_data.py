@@ -294,23 +294,6 @@ def test_pairs_see_the_clip_through_its_boxes(livestreams):
         data.PairSet(lives, tokenizer, 2, 32, 2, "box", None, True)
 
 
-def test_training_forgets_some_words_and_evaluation_none(livestreams):
-    lives = data.Lives(livestreams, "train")
-    tokenizer = data.Tokenizer(data.train_tokenizer([lives.clip(c).asr for c in range(len(lives))] * 20, vocab=120))
-    given = (lives, tokenizer, 2, 32, 2, "box", data.true_boxes(lives), True)
-    forgets, keeps = data.PairSet(*given), data.PairSet(*given, augment=False)
-    whole = [tokenizer(lives.clip(c).asr) for c in range(8)]
-    left = [[forgets[(epoch, i)]["asr"] for i in range(8)] for epoch in range(20)]
-    for texts in left:
-        for tokens, all_of_them in zip(texts, whole):
-            assert tokens.shape == (24,) and tokens[0] == 1 and (tokens > 0).int().diff().max() <= 0       # padding comes last
-            rest = iter(all_of_them.tolist())
-            assert all(token in rest for token in tokens[tokens > 0].tolist())                             # in the order they stood in
-    count = lambda texts: sum(int((tokens > 1).sum()) for tokens in texts)
-    assert sum(map(count, left)) / (20 * count(whole)) == pytest.approx(1 - data.FORGOTTEN, abs=0.04)
-    assert all(torch.equal(keeps[(0, i)]["asr"], whole[i]) for i in range(8)) and torch.equal(forgets[(3, 1)]["asr"], left[3][1])
-
-
 def test_a_box_without_category_trains_nobody(tmp_path, livestreams):
     rows = (livestreams / "annotations" / "training_videoinfo_part_00.txt").read_text().splitlines()
     fields = rows[0].split("\t")
