@@ -993,10 +993,10 @@ def save_picture(picture, path):
 
 
 def pages(rows, folder, name, each=6):
-    """Rows on sheets folder/NAME-1.png, ...; -> their paths."""
-    paths = []
-    for start in range(0, len(rows), each):
-        paths.append(save_picture(join(rows[start:start + each], 1, 14), Path(folder) / f"{name}-{start // each + 1}.png"))
+    """Rows, as they come, on sheets folder/NAME-1.png, ...; -> their paths."""
+    paths, rows = [], iter(rows)
+    while sheet := list(itertools.islice(rows, each)):
+        paths.append(save_picture(join(sheet, 1, 14), Path(folder) / f"{name}-{len(paths) + 1}.png"))
     return paths
 
 
@@ -1195,10 +1195,11 @@ def draw_misses_and_hits(look, folder, count):
               "hits": [int(hits[n]) for n in data.even_frames(len(hits), count)]}
     paths = []
     for name, clips in chosen.items():
-        paths += pages([row for c in watch(clips, f"draw {name}") for row in look["rows"](c, "") if row], folder, f"{look['name']}-{name}")
+        rows = (row for c in watch(clips, f"draw {name}") for row in look["rows"](c, "") if row)
+        paths += pages(rows, folder, f"{look['name']}-{name}")
     if "attention" in look:
-        sheets = [look["attention"](c) for c in watch(chosen["hits"][:count // 4 + 1], "draw attention")]
-        paths += pages([sheet for sheet in sheets if sheet], folder, "attention", 1)
+        sheets = map(look["attention"], watch(chosen["hits"][:count // 4 + 1], "draw attention"))
+        paths += pages(filter(None, sheets), folder, "attention", 1)
     return paths
 
 
@@ -1512,16 +1513,15 @@ def live_strip(pictures, boxes, frames=3):
 
 def draw_answers(answers, segments, out, shop):
     """A ranking sheet with a row for each segment, of its surest clip; the borders are grey, for nobody knows the truth."""
-    rows = []
-    for segment in segments:
+    def row(segment):
         n = max(segment["clips"], key=lambda n: answers[n]["margin"] or 0)
         with Image.open(out / "clips" / f"{n:06d}.jpg") as strip:
             strip = strip.convert("RGB")
         shown = [(open_picture(shop.read, name), f"{score:.1f} {shop.titles.get(name) or name}", BORDERS[None])
                  for name, score in answers[n]["top"]]
         said = f'"{answers[n]["asr"]}"' if answers[n]["asr"] else ""
-        rows.append(ranking_row(strip, said, shown, f"{clock(segment['start'])} - {clock(segment['end'])}"))
-    return pages(rows, out, "answers")
+        return ranking_row(strip, said, shown, f"{clock(segment['start'])} - {clock(segment['end'])}")
+    return pages(map(row, watch(segments, "draw answers")), out, "answers")
 
 
 # ------------------------------------------------------------------ the command
