@@ -149,7 +149,7 @@ def test_a_killed_process_is_started_again_from_the_last_checkpoint(livestreams,
     wait_for(tmp_path / "cut" / "sd.pt", process, 90)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    _, error = process.communicate(timeout=200)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error[-2000:]
     one, two = (evaluation.read_checkpoint(tmp_path / part / "sd.pt") for part in ("whole", "cut"))
     assert two["step"] == 40 and all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
