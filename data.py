@@ -451,7 +451,7 @@ class Lives:
         if not os.path.lexists(side):
             return image, (image.shape[2], image.shape[1])
         try:
-            with open(self._inside("frames", side), encoding="utf-8") as file:
+            with open(inside(side, self.root / "frames"), encoding="utf-8") as file:
                 about = json.load(file)
             size = int(about["original_width"]), int(about["original_height"])
         except (ValueError, KeyError, TypeError, RecursionError, OverflowError, OSError):
@@ -464,13 +464,15 @@ class Lives:
         base = self.root / folder
         for path in (f"{base}/{shard}{name}.{ending}" for shard in ("", f"{name[:2]}/") for ending in ("jpg", "png")):
             if os.path.isfile(path):
-                return self._inside(folder, path)
+                return inside(path, base)
         raise BadInput(f"{base}/{name[:200]}.jpg: missing (nor .png, nor under {name[:2]}/)")
 
-    def _inside(self, folder, path):
-        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root / folder)):
-            raise BadInput(f"{path}: a link that leads out of {self.root / folder}")
-        return path
+
+def inside(path, folder):
+    """`path` itself; BadInput when a link leads it out of the folder, which may be a link."""
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise BadInput(f"{path}: a link that leads out of {folder}")
+    return path
 
 
 def read_picture(path):
@@ -496,8 +498,7 @@ def picture_files(folder):
     files = [Path(where) / name for where, _, names in os.walk(folder) for name in names
              if name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith(".")]
     for path in files:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise BadInput(f"{path}: a link that leads out of {folder}")
+        inside(path, folder)
     if not files:
         raise BadInput(f"{folder}: no .jpg and no .png in it")
     return sorted(files, key=lambda path: [(int(part), "") if part.isdecimal() else (-1, part)

@@ -563,13 +563,13 @@ def rank_live(model, tokenizer, config, lives, live, clips, sources, device):
         unread = {"unread images": 0, "unread clips": int((lives.lengths[clips] == 0).sum())}
         return row | unread | {"place": {source: dict.fromkeys(names, never) for source in sources}}
 
-    shop = data.ImageSet(lives.image, lives.titles, tokenizer, config["size"], ids, config.get("text", "both"))
+    shop = data.ImageSet(lives.image, lives.titles, tokenizer, config["size"], ids, config["text"])
     image, image_tokens, readable = embed(image_encoder(model), shop, range(len(ids)), config, device)  # [M,D], [M,1+P+1,W], [M]
     row |= {"unread images": int((~readable).sum()), "unread clips": 0}
     for source, boxes in sources.items():
         view = "frame" if boxes is None else config["view"]
         pairs = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid, view, boxes, False,
-                             text=config.get("text", "both"))
+                             text=config["text"])
         clip, tokens, padding, seen = embed(clip_encoder(model), pairs, clips, config, device)   # [Q,D], [Q,R,W], [Q,R], [Q]
         scores = {"icl": model.scale() * clip @ image.T}                                         # [Q,M]
         if hasattr(model, "pmd"):
@@ -1071,7 +1071,7 @@ def attention_sheet(model, frames, image, encoded, patches=4):
         edges = [round(v * SIDE / grid) for v in (p % grid, p // grid, p % grid + 1, p // grid + 1)]
         ImageDraw.Draw(shop).rectangle(edges, outline=(230, 30, 30), width=3)
         cells = [shop]
-        for t in range(T):
+        for t in (~padding[0].view(T, -1)).any(1).nonzero()[:, 0].tolist():                              # frames that are there
             frame = np.asarray(to_image(frames[t]).convert("L").convert("RGB").resize((SIDE, SIDE)), float)
             mixed = frame * (0.75 - 0.55 * heat[t]) + np.array([255, 60, 0]) * 0.8 * heat[t]
             cells.append(Image.fromarray(mixed.clip(0, 255).astype(np.uint8)))
@@ -1166,9 +1166,9 @@ def attention_of(shown, lives, row, place, device):
     model, tokenizer, config = shown["model"], shown["tokenizer"], shown["config"]
     q, scores = row["clips"][place], row["score"][shown["source"]][shown["score"]][place]
     first = row["ids"][int(np.argmax(np.nan_to_num(scores, nan=-np.inf)))]
-    shop = data.ImageSet(lives.image, lives.titles, tokenizer, config["size"], [first], config.get("text", "both"))
+    shop = data.ImageSet(lives.image, lives.titles, tokenizer, config["size"], [first], config["text"])
     clips = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid,
-                         "frame" if shown["boxes"] is None else config["view"], shown["boxes"], False, text=config.get("text", "both"))
+                         "frame" if shown["boxes"] is None else config["view"], shown["boxes"], False, text=config["text"])
     item = clips[(0, q)]
     T = int(item["valid"].sum())
     if not T:
@@ -1419,7 +1419,7 @@ def recognise(path, source, shop, out, every=10.0, window=10, top=5, rerank_top=
     A run that was stopped goes on after its last line. Memory holds one clip. -> the answers
     """
     device, checkpoint = pick_device(), read_checkpoint(path)
-    config, key = {"text": "both"} | checkpoint["config"] | {"workers": 0}, fingerprint(checkpoint)
+    config, key = checkpoint["config"] | {"workers": 0}, fingerprint(checkpoint)
     if config["stage"] != "rice":
         raise BadInput(f"--ckpt {path}: a live is recognised by a checkpoint of --stage rice, this one is {config['stage']}")
     for name, value in (("every", every), ("fps", fps), ("window", window), ("top", top), ("rerank", rerank_top + 1)):

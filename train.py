@@ -183,7 +183,7 @@ def flag(name):
 
 # What eval.py reads of a checkpoint's configuration and has no default for.
 NEEDED = ("stage data seed steps workers frames shortest longest backbone dim heads encoder_layers decoder_layers ffn queries dense keep "
-          "boxes view width layers vit_heads patch size embedding losses n_neg negatives rerank").split()
+          "boxes view text width layers vit_heads patch size embedding losses n_neg negatives rerank").split()
 
 
 def unsound(checkpoint):
