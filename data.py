@@ -646,7 +646,9 @@ def collate_detection(items, multiple=16):
     there = [f for item in items for f in item["frames"] if f is not None]
     H, W = (multiple * math.ceil(max([1] + [f.shape[d] for f in there]) / multiple) for d in (1, 2))
     B = len(items)
-    batch = {"frames": torch.zeros(B, T, 3, H, W, dtype=torch.uint8), "padding": torch.ones(B, T, H, W, dtype=torch.bool),
+    # Channels last in memory, as the decoder leaves a picture and as convolutions like it: no copy turns it on the way.
+    frames = torch.zeros(B, T, H, W, 3, dtype=torch.uint8).movedim(-1, 2)
+    batch = {"frames": frames, "padding": torch.ones(B, T, H, W, dtype=torch.bool),
              "valid": torch.zeros(B, T, dtype=torch.bool), "boxes_cxcywh": torch.zeros(B, T, M, 4),
              "labels": torch.full((B, T, M), -1), "size": torch.ones(B, T, 2),
              "clip": torch.tensor([item["clip"] for item in items]), "position": torch.full((B, T), -1),

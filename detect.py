@@ -72,8 +72,16 @@ class MLP(nn.Module):
 def attend(query, key, value, heads, padding=None):
     """Multi-head attention after its projections: query [B,Q,E], key [B,S,E], value [B,S,C], padding [B,S] -> [B,Q,C]."""
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))  # [B,heads,.,.]
-    allowed = None if padding is None else ~padding[:, None, None]                                   # [B,1,1,S]
-    return F.scaled_dot_product_attention(query, key, value, allowed).transpose(1, 2).flatten(2)     # [B,Q,C]
+    allowed, width = None if padding is None else ~padding[:, None, None], value.shape[-1]           # [B,1,1,S]
+    value = F.pad(value, (0, key.shape[-1] - width))      # the fast kernels want values as wide as keys: [B,heads,S,E/heads]
+    return F.scaled_dot_product_attention(query, key, value, allowed)[..., :width].transpose(1, 2).flatten(2)  # [B,Q,C]
+
+
+def attend_by(layer, query, key, value, padding=None):
+    """Attention with the weights of an nn.MultiheadAttention, whose own forward turns batches about and copies them."""
+    query, key, value = (F.linear(x, weight, bias) for x, weight, bias in
+                         zip((query, key, value), layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3)))  # [B,.,C]
+    return layer.out_proj(attend(query, key, value, layer.num_heads, padding))                       # [B,Q,C]
 
 
 def beside(content, position, heads):
@@ -93,7 +101,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x, position, padding):
         q = x + position                                                                         # [B,S,C]
-        x = self.norm1(x + self.self_attn(q, q, x, key_padding_mask=padding, need_weights=False)[0])  # [B,S,C]
+        x = self.norm1(x + attend_by(self.self_attn, q, q, x, padding))                          # [B,S,C]
         return self.norm2(x + self.linear2(self.activation(self.linear1(x))))                    # [B,S,C]
 
 
@@ -199,13 +207,16 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x, here):
         x, share = x * here, here.float().mean((1, 2, 3))[:, None, None]                         # [B,C,h,w], [B,1,1]
-        groups = x.flatten(2).unflatten(1, (self.num_groups, -1))                                # [B,G,C/G,h*w]
-        mean = groups.mean((2, 3))[..., None] / share                                            # [B,G,1]
-        square = groups.square().mean((2, 3))[..., None] / share                                 # [B,G,1]
+        mean, square = (self.by_group(y) / share for y in (x, x.square()))                       # [B,G,1] twice
         inverse = (square - mean.square()).clamp(min=0).add(self.eps).rsqrt()                    # [B,G,1]
         gain = self.weight.view(self.num_groups, -1) * inverse                                   # [B,G,C/G]
         offset = self.bias.view(self.num_groups, -1) - mean * gain                               # [B,G,C/G]
-        return (x * gain.flatten(1)[..., None, None] + offset.flatten(1)[..., None, None]) * here  # [B,C,h,w]
+        gain, offset = (y.flatten(1)[..., None, None] for y in (gain, offset))                   # [B,C,1,1] twice
+        return torch.addcmul(offset, x, gain).mul_(here)                                         # [B,C,h,w]
+
+    def by_group(self, x):
+        """Mean of each group of channels: [B,C,h,w] -> [B,G,1]."""
+        return x.mean((2, 3)).unflatten(1, (self.num_groups, -1)).mean(2, keepdim=True)
 
 
 class Block(nn.Module):
@@ -219,8 +230,8 @@ class Block(nn.Module):
         self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if (inputs, stride) != (outputs, 1) else nn.Identity()
 
     def forward(self, x, here):
-        y = F.relu(self.norm1(self.conv1(x), here))                                                     # [B,C,h,w]
-        return F.relu(self.norm2(self.conv2(y), here) + self.skip(x))                                 # [B,C,h,w]
+        y = F.relu_(self.norm1(self.conv1(x), here))                                             # [B,C,h,w]
+        return F.relu_(self.norm2(self.conv2(y), here) + self.skip(x))                           # [B,C,h,w]
 
 
 class SmallBody(nn.Module):
@@ -239,7 +250,7 @@ class SmallBody(nn.Module):
     def forward(self, images, padding):
         here4, here8, here16 = (~padding[:, None, ::s, ::s] for s in (4, 8, 16))                 # [B,1,h,w] each
         x = images.contiguous(memory_format=torch.channels_last)                                 # [B,3,H,W]
-        x = F.relu(self.norm(self.stem(x), here4))                                               # [B,32,H/4,W/4]
+        x = F.relu_(self.norm(self.stem(x), here4))                                              # [B,32,H/4,W/4]
         x = self.block8b(self.block8(self.block4(x, here4), here8), here8)                       # [B,64,H/8,W/8]
         below = self.block16(x, here16)                                                          # [B,128,H/16,W/16]
         below = F.interpolate(below, x.shape[-2:], mode="nearest")                               # [B,128,H/8,W/8]
@@ -265,7 +276,31 @@ class Backbone(nn.Module):
             part.requires_grad_(False)
 
     def forward(self, images, padding):
-        return self.body(images, padding) if self.small else self.body(images)["0"]              # [B,channels,h,w]
+        if self.small:
+            return self.body(images, padding)                                                    # [B,channels,h,w]
+        x = images.contiguous(memory_format=torch.channels_last)                                 # [B,3,H,W]
+        x = F.max_pool2d(F.relu_(conv_norm(x, self.body.conv1, self.body.bn1)), 3, 2, 1)         # [B,64,H/4,W/4]
+        for stage in (self.body.layer1, self.body.layer2, self.body.layer3, self.body.layer4):
+            for block in stage:
+                x = residual(x, block)                                                           # [B,channels,h,w]
+        return x
+
+
+def conv_norm(x, conv, norm):
+    """A convolution and the frozen batch norm after it as one convolution: frozen, the norm is a factor and an offset for each
+    channel, and a pass over the feature map is saved."""
+    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()                                 # [channels]
+    offset = norm.bias - norm.running_mean * factor                                              # [channels]
+    return F.conv2d(x, conv.weight * factor[:, None, None, None], offset, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def residual(x, block):
+    """A torchvision block, BasicBlock or Bottleneck, with its norms inside its convolutions: [B,c,h,w] -> [B,channels,h,w]."""
+    last = 3 if hasattr(block, "conv3") else 2
+    skip, y = conv_norm(x, *block.downsample) if block.downsample else x, x
+    for n in range(1, last):
+        y = F.relu_(conv_norm(y, getattr(block, f"conv{n}"), getattr(block, f"bn{n}")))
+    return F.relu_(conv_norm(y, getattr(block, f"conv{last}"), getattr(block, f"bn{last}")).add_(skip))
 
 
 # ------------------------------------------------------------------ SD
@@ -344,7 +379,7 @@ class SD(nn.Module):
         """Mean squared error of the 3 x 3 pixels that each query paints of its box: contents [B,N,C], boxes [B,N,4], valid [B]."""
         extent = box_convert(boxes.detach().float(), "cxcywh", "xyxy") * picture_size(padding)[:, None].repeat(1, 1, 2)  # [B,N,4]
         # A diverged run is reported by the loop, not here.
-        pixels = roi_align(frames, list(extent.nan_to_num(0)), 3).flatten(1)                     # [B*N,27]
+        pixels = roi_align(frames, list(extent.nan_to_num(0)), 3, sampling_ratio=2).flatten(1)   # [B*N,27]
         error = (self.looks_embed(contents).flatten(0, 1).float() - pixels).square().mean(1)     # [B*N]
         return (error.view(len(frames), -1).mean(1) * valid).sum() / share_of_all(valid.sum())
 
@@ -415,9 +450,8 @@ class TemporalLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, tokens, others, own_padding=None, padding=None):
-        x = self.self_attn(tokens, tokens, tokens, key_padding_mask=own_padding, need_weights=False)[0]  # [B,Q,C]
-        x = self.norm2(tokens + x)                                                               # [B,Q,C]
-        x = self.norm1(x + self.cross_attn(x, others, others, key_padding_mask=padding, need_weights=False)[0])  # [B,Q,C]
+        x = self.norm2(tokens + attend_by(self.self_attn, tokens, tokens, tokens, own_padding))  # [B,Q,C]
+        x = self.norm1(x + attend_by(self.cross_attn, x, others, others, padding))               # [B,Q,C]
         return self.norm3(x + self.linear2(F.relu(self.linear1(x))))                             # [B,Q,C]
 
 
@@ -574,11 +608,10 @@ def matching_cost(logits, boxes, labels, targets):
 
     logits [...,N,K], boxes [...,N,4], labels [...,M], targets [...,M,4] -> [...,N,M]
     """
-    p = logits.sigmoid()
-    positive, negative = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log(), 0.75 * p ** 2 * -(1 - p + 1e-8).log()   # [...,N,K]
-    wanted = labels.clamp(min=0)[..., None, :].expand(*p.shape[:-1], labels.shape[-1])                      # [...,N,M]
-    category = (positive - negative).gather(-1, wanted)                                                     # [...,N,M]
-    distance = (boxes[..., :, None, :] - targets[..., None, :, :]).abs().sum(-1)                            # [...,N,M]
+    wanted = labels.clamp(min=0)[..., None, :].expand(*logits.shape[:-1], labels.shape[-1])                 # [...,N,M]
+    p = logits.gather(-1, wanted).sigmoid()                                                                 # [...,N,M]
+    category = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()              # [...,N,M]
+    distance = torch.cdist(boxes, targets, p=1)                                                             # [...,N,M]
     overlap = giou(*(box_convert(b, "cxcywh", "xyxy") for b in (boxes[..., :, None, :], targets[..., None, :, :])))
     return 2 * category + 5 * distance - 2 * overlap                                                        # [...,N,M]
 
@@ -593,11 +626,13 @@ def match(logits, boxes, labels, targets):
     cost = matching_cost(logits, boxes, labels.expand(L, *labels.shape), targets.expand(L, *targets.shape))  # [L,B,N,M]
     if labels.shape[-1] == 1:
         return cost.argmin(-2).where(labels >= 0, -1)                                            # [L,B,1]
-    table, real = cost.nan_to_num(1e6).cpu(), (labels >= 0).cpu()      # a diverged run is reported by the loop, not here
-    found = torch.full((*cost.shape[:2], labels.shape[-1]), -1)
-    for b in range(len(labels)):
+    real, found = (labels >= 0).cpu(), cost.argmin(-2).where(labels >= 0, -1).cpu()              # [B,M], [L,B,M]
+    table = cost.nan_to_num(1e6).cpu()                                 # a diverged run is reported by the loop, not here
+    for layer, b in torch.cartesian_prod(torch.arange(L), real.sum(1).gt(1).nonzero()[:, 0]).tolist():
         columns = real[b].nonzero()[:, 0]
-        for layer in range(L) if len(columns) else ():
+        # Where no two targets have the same best query, each can have its own, and nothing is cheaper.
+        if len(found[layer, b, columns].unique()) < len(columns):
+            found[layer, b] = -1
             rows, cols = assign(table[layer, b][:, columns])
             found[layer, b, columns[cols]] = rows
     return found.to(logits.device)

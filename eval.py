@@ -173,6 +173,29 @@ def first_true(similarity, positive, gallery=None):
     return np.where(np.isfinite(best), ahead, np.iinfo(np.int64).max)
 
 
+@torch.no_grad()
+def nearest(queries, images, k, block=1024, wide=8192, group=32):
+    """The k images of the greatest product with each query, exactly: queries [Q,D], images [M,D] -> scores, places [Q,min(k,M)].
+
+    Memory is one block of products, however many images there are. The k greatest of a row lie in the k groups of columns with
+    the greatest maxima, and maxima of groups are found much faster than the order of all columns.
+    """
+    found, k = [], min(k, len(images))
+    for q in queries.split(block):
+        best, place = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.long, device=q.device)
+        for start in range(0, len(images), wide):
+            score = q @ images[start:start + wide].T                                             # [q,wide]
+            column = torch.arange(score.shape[1], device=q.device).expand(len(q), -1)            # [q,wide]
+            if score.shape[1] == wide and k < wide // group:
+                groups = score.unflatten(1, (-1, group))                                         # [q,wide/group,group]
+                chosen = groups.amax(2).topk(k, sorted=False).indices[..., None].expand(-1, -1, group)                # [q,k,group]
+                score, column = (x.gather(1, chosen).flatten(1) for x in (groups, column.unflatten(1, (-1, group))))  # [q,k*group]
+            best, at = torch.cat([best, score], 1).topk(min(k, best.shape[1] + score.shape[1]))  # [q,k]
+            place = torch.cat([place, column + start], 1).gather(1, at)                          # [q,k]
+        found.append((best, place))
+    return tuple(torch.cat(column) for column in zip(*found))
+
+
 # ------------------------------------------------------------------ checkpoints and processes
 
 
@@ -533,16 +556,17 @@ def clip_encoder(model):
     return encode
 
 
-def rerank(model, similarity, images, clips, padding, top):
+def rerank(model, similarity, images, clips, padding, top, together=8):
     """ICL similarity [Q,M] -> the PMD's score of the first `top` images of each clip [Q,M]; the others are -inf.
 
-    images [M,1+P+1,W] and clips [Q,R,W] are tokens, padding [Q,R].
+    images [M,1+P+1,W] and clips [Q,R,W] are tokens, padding [Q,R]; `together` clips are scored at a time.
     """
     scores = torch.full_like(similarity, -math.inf)
-    best = similarity.argsort(dim=1, descending=True, stable=True)[:, :top]
-    for q, chosen in enumerate(best):
-        pairs = torch.zeros(len(chosen), 1, dtype=torch.long, device=similarity.device)
-        scores[q, chosen] = model.pmd(images[chosen], clips[q:q + 1], padding[q:q + 1], pairs)[0][:, 0]
+    best = similarity.argsort(dim=1, descending=True, stable=True)[:, :top]                      # [Q,top]
+    for q in torch.arange(len(best), device=best.device).split(together):
+        pairs = torch.arange(len(q), device=q.device).repeat_interleave(best.shape[1])[:, None]  # [q*top,1]
+        score = model.pmd(images[best[q].flatten()], clips[q], padding[q], pairs)[0]             # [q*top,1]
+        scores[q] = scores[q].scatter(1, best[q], score.view(len(q), -1))
     return scores
 
 
@@ -1322,12 +1346,11 @@ def read_asr(path):
 
 @dataclass
 class Shop:
-    """The pictures of a folder by name, with titles, embeddings [M,D] and which of them could be read [M]."""
+    """The pictures of a folder that can be read, by name, with their titles and embeddings [M,D]."""
     folder: Path
     names: list
     titles: dict
     feature: torch.Tensor = None
-    readable: torch.Tensor = None
 
     def read(self, name):
         return data.read_picture(self.folder / name)
@@ -1365,7 +1388,9 @@ def open_shop(folder, titles, model, tokenizer, config, key, device):
                 np.savez(file, names=shop.names, stamps=np.array(stamps), feature=feature, seen=seen)
         except OSError as error:
             print(f"{kept}: cannot be written ({error.strerror}); the shop will be embedded anew next time")
-    shop.feature, shop.readable = torch.from_numpy(feature).to(device), torch.from_numpy(seen).to(device)
+    if not seen.any():
+        raise BadInput(f"{folder}: none of its {len(files)} pictures can be read")
+    shop.names, shop.feature = np.array(shop.names)[seen].tolist(), torch.from_numpy(feature[seen]).to(device)
     return shop
 
 
@@ -1396,14 +1421,12 @@ def answer_clip(recording, model, tokenizer, config, finder, shop, top, rerank_t
     clip, tokens, padding, seen = embed(clip_encoder(model), clips, [0], config, device)         # [1,D], [1,R,W], [1,R], [1]
     if not seen.any():
         return drawn, []
-    scores = (model.scale() * clip @ shop.feature.T).masked_fill(~shop.readable, -math.inf)      # [1,M]
-    first = scores[0].topk(min(rerank_top or max(top, 2), len(shop.names))).indices              # [N]
-    scores = scores[:, first]                                                                    # [1,N]
+    scores, (first,) = nearest(model.scale() * clip, shop.feature, rerank_top or max(top, 2))    # [1,N], [N]
     if rerank_top:
         _, image_tokens, _ = embed(image_encoder(model), shop.images(tokenizer, config), first.tolist(), config, device)
         scores = scores + rerank(model, scores, image_tokens, tokens, padding, len(first))       # [1,N]
     order = scores[0].argsort(descending=True, stable=True)[:max(top, 2)]
-    return drawn, [(shop.names[int(first[n])], round(float(scores[0, n]), 4)) for n in order if scores[0, n] > -math.inf]
+    return drawn, [(shop.names[int(first[n])], round(float(scores[0, n]), 4)) for n in order]
 
 
 def clock(seconds):

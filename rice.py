@@ -272,7 +272,8 @@ class PMD(nn.Module):
             if i == 0:
                 x = x.repeat_interleave(pairs.shape[1], 0)                                       # [B*C,Q,W]
             # Projected once a clip and gathered a pair: a clip stands in many pairs.
-            x, maps = layer.look(x, layer.key(clip)[chosen], layer.value(clip)[chosen], padding[chosen])  # [B*C,Q,W]
+            key, value = (of(clip).index_select(0, chosen) for of in (layer.key, layer.value))   # [B*C,R,W] twice
+            x, maps = layer.look(x, key, value, padding[chosen])                                 # [B*C,Q,W]
         score = self.score(self.ln_out(x.mean(1)))                                               # [B*C,1]
         return score.view(pairs.shape), maps.unflatten(0, pairs.shape)[:, 0]                     # [B,C], [B,heads,Q,R]
 

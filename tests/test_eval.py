@@ -143,6 +143,17 @@ def test_the_vote_adds_what_the_other_frames_say():
     torch.testing.assert_close(voted[1, 0], logits[1, 0])                                # a frame alone hears nothing
 
 
+@pytest.mark.parametrize("images", [3, 63, 64, 150, 333])
+def test_nearest_is_the_order_of_all_products(images):
+    generator = torch.Generator().manual_seed(images)
+    queries, shop = torch.randn(11, 7, generator=generator), torch.randn(images, 7, generator=generator)
+    products = queries @ shop.T
+    score, place = evaluation.nearest(queries, shop, 5, block=4, wide=64, group=8)
+    expected, _ = products.topk(min(5, images))
+    assert score.shape == place.shape == (11, min(5, images)) and torch.allclose(score, expected, atol=1e-6)
+    assert torch.allclose(products.gather(1, place), score, atol=1e-6) and all(len(set(row.tolist())) == len(row) for row in place)
+
+
 def a_run(stage, seed, r1, **changed):
     """What `evaluate` returns, made by hand: two lives of two clips."""
     config = {"stage": stage, "seed": seed, "out": f"runs/{seed}", "boxes": "md", "negatives": "hard", "text": "both"} | changed

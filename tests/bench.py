@@ -1,0 +1,513 @@
+"""How fast: our code beside this machine's limit and beside the public packages, on the same work in one run.
+
+    python tests/bench.py                                         every row that needs no other package
+    python tests/bench.py --peer-python OTHER/bin/python          and the peers, from an environment of their own, which has
+                                                                  torch, transformers, timm, scipy, faiss-cpu, faster-coco-eval
+    python tests/bench.py --before OLD_CHECKOUT                   and an earlier copy of this project
+    python tests/bench.py --rows sd,ap --repeats 9 --json FILE    some rows; all figures as JSON
+    python tests/bench.py --grow                                  instead: each work at 1, 2, 4 and 8 times its size
+    python tests/bench.py --profile runs/livestreams              instead: where the time of a training step goes
+
+Each contender is a process of its own, built once, warmed up by one turn; then all of a row take turns, and the table shows the median
+(lowest - highest) of the turns and the peak memory of the process. A ratio is ours over the other's, of the medians.
+"""
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+THREADS = 2
+CALLS = 20              # of a matcher in one turn
+
+# ------------------------------------------------------------------ our works: each returns what one turn runs; `times` is its size
+
+
+def sd_model(queries=300):
+    import torch
+    import detect
+    torch.manual_seed(0)
+    return detect.SD(classes=91, queries=queries)
+
+
+def pictures(batch, height, width):
+    import torch
+    return torch.randn(batch, 3, height, width), torch.zeros(batch, height, width, dtype=torch.bool)
+
+
+def sd_small_pictures(times):
+    import torch
+    model, (images, padding) = sd_model(300 * times).eval(), pictures(2, 480, 640)
+    return torch.inference_mode()(lambda: model(images, padding))
+
+
+def sd_large_picture(times):
+    import torch
+    model, (images, padding) = sd_model(300 * times).eval(), pictures(1, 800, 1066)
+    return torch.inference_mode()(lambda: model(images, padding))
+
+
+def sd_step(times):
+    import torch
+    model, (images, padding) = sd_model().train(), pictures(2 * times, 480, 640)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-6, fused=True)
+    batch = {"frames": images[:, None], "padding": padding[:, None], "labels": torch.randint(91, (len(images), 1, 1)),
+             "boxes_cxcywh": torch.rand(len(images), 1, 1, 4) / 3 + 0.3, "valid": torch.ones(len(images), 1, dtype=torch.bool)}
+
+    def step():
+        optimizer.zero_grad()
+        model.loss(batch)[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    return step
+
+
+def md_clip(times):
+    import torch
+    import detect
+    model, (images, padding) = detect.MD(sd_model()).eval(), pictures(10 * times, 240, 320)
+    return torch.inference_mode()(lambda: model(images[None], padding[None], torch.ones(1, len(images), dtype=torch.bool)))
+
+
+def sd_clip(times):
+    import torch
+    model, (images, padding) = sd_model().eval(), pictures(10 * times, 240, 320)
+    return torch.inference_mode()(lambda: model(images, padding))
+
+
+def targets(boxes, queries=300):
+    import torch
+    torch.manual_seed(0)
+    return (torch.randn(1, 16, queries, 34), torch.rand(1, 16, queries, 4) / 2 + 0.2, torch.randint(34, (16, boxes)),
+            torch.rand(16, boxes, 4) / 2 + 0.2)
+
+
+def match_one(times):
+    import detect
+    case = targets(1, 300 * times)
+    return lambda: [detect.match(*case) for _ in range(CALLS)]
+
+
+def match_three(times):
+    import detect
+    case = targets(3, 300 * times)
+    return lambda: [detect.match(*case) for _ in range(CALLS)]
+
+
+def plain_match(boxes, times):
+    """The public matcher's way: costs of all predictions of the batch to all targets of the batch, then image by image."""
+    import torch
+    import detect
+    from torchvision.ops import box_convert, generalized_box_iou
+    logits, predicted, labels, wanted = targets(boxes, 300 * times)
+
+    def match():
+        p, b, ids, t = logits[0].flatten(0, 1).sigmoid(), predicted[0].flatten(0, 1), labels.flatten(), wanted.flatten(0, 1)
+        negative, positive = 0.75 * p ** 2 * -(1 - p + 1e-8).log(), 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
+        cost = 5 * torch.cdist(b, t, p=1) + 2 * (positive[:, ids] - negative[:, ids])
+        cost = cost - 2 * generalized_box_iou(box_convert(b, "cxcywh", "xyxy"), box_convert(t, "cxcywh", "xyxy"))
+        parts = cost.view(16, -1, 16 * boxes).split(boxes, -1)
+        return [detect.assign(part[i]) for i, part in enumerate(parts)]
+    return lambda: [match() for _ in range(CALLS)]
+
+
+def truth_and_detections(times):
+    import numpy as np
+    rng, frames = np.random.default_rng(0), 62_500 * times
+    image = np.concatenate([np.arange(frames), rng.integers(frames, size=frames // 3)])
+    corner, side = rng.uniform(0, 400, (len(image), 2)), rng.uniform(10, 200, (len(image), 2))
+    truth = {"image": image, "category": rng.integers(34, size=len(image)), "box_xyxy": np.concatenate([corner, corner + side], 1)}
+    near = truth["box_xyxy"][:frames] + rng.normal(0, 8, (frames, 4))
+    near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
+    wrong = rng.random(frames) < 0.4
+    guess = np.where(wrong, rng.integers(34, size=frames), truth["category"][:frames])
+    return truth, {"image": np.arange(frames), "category": guess, "box_xyxy": near, "score": rng.random(frames)}
+
+
+def ap(times):
+    import eval as evaluation
+    truth, found = truth_and_detections(times)
+    return lambda: evaluation.average_precision(truth, found)
+
+
+def gallery(times):
+    import torch
+    torch.manual_seed(0)
+    return tuple(torch.nn.functional.normalize(torch.randn(rows, 512), dim=1) for rows in (20_079, 66_358 * times))
+
+
+def search(times):
+    import eval as evaluation
+    clips, images = gallery(times)
+    return lambda: evaluation.nearest(clips, images, 10)
+
+
+def products_alone(times):
+    import torch
+    clips, images = gallery(times)
+    room = torch.empty(2048, len(images))
+    return lambda: [torch.mm(part, images.T, out=room[:len(part)]) for part in clips.split(2048)] and None
+
+
+def lives(times):
+    """Per-live rank-k as eval.py has it after the embeddings: 110 lives, 20,079 clips, 66,358 images in all."""
+    import numpy as np
+    import torch
+    import eval as evaluation
+    clips, images = gallery(1)
+    clips, images = clips.repeat(times, 1), images.repeat(times, 1)
+    parts = list(zip(np.array_split(np.arange(len(clips)), 110 * times), np.array_split(np.arange(len(images)), 110 * times)))
+
+    def rank():
+        for queries, ids in parts:
+            positive = np.zeros((len(queries), len(ids)), bool)
+            positive[np.arange(len(queries)), np.arange(len(queries)) % len(ids)] = True
+            evaluation.rank_k((clips[queries[0]:queries[-1] + 1] @ images[ids[0]:ids[-1] + 1].T).numpy(), positive)
+    return torch.inference_mode()(rank)
+
+
+def photos(times):
+    """JPEG files of 540 x 960 in the layout: smooth pictures with some noise, quality 90."""
+    import numpy as np
+    from PIL import Image
+    folder, rng = Path(tempfile.mkdtemp()), np.random.default_rng(0)
+    (folder / "frames").mkdir()
+    for n in range(40 * times):
+        small = Image.fromarray(rng.integers(0, 255, (27, 48, 3), np.uint8)).resize((960, 540), Image.Resampling.BICUBIC)
+        noisy = np.asarray(small, np.int16) + rng.integers(-12, 12, (540, 960, 3), np.int16)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"frames/{n}.jpg", quality=90)
+    return folder, [str(n) for n in range(40 * times)]
+
+
+def jpeg(times):
+    """A file as a sample of a detector: found in its folder, checked, decoded, resized, padded into its batch."""
+    import torch
+    import data
+    torch.set_num_threads(1)
+    folder, names = photos(times)
+    lives = data.Lives.pictures(folder)
+    samples = data.DetectionSet.__new__(data.DetectionSet)
+    samples.lives, samples.categories, samples.frames, samples.train, samples.augment = lives, {}, 1, False, False
+    samples.shortest, samples.longest, samples.seed = (480, 480, 1), 1333, 0
+    clips = [data.Clip(f"live-0-{n}", [name], None, [], "", "") for n, name in enumerate(names)]
+    samples._find = lambda i: (i, clips[i], [0])
+    return lambda: [data.collate_detection([samples[0, i] for i in range(low, low + 8)]) for low in range(0, len(names), 8)]
+
+
+def decode_alone(times):
+    import torch
+    import torchvision
+    from torchvision.transforms.v2 import functional as TF
+    torch.set_num_threads(1)
+    folder, names = photos(times)
+    read, decode = torchvision.io.read_file, torchvision.io.decode_jpeg
+    return lambda: [TF.resize(decode(read(f"{folder}/frames/{name}.jpg")), (480, 853), antialias=True) for name in names]
+
+
+def rice_model():
+    import torch
+    import rice
+    torch.manual_seed(0)
+    return rice.RICE({"width": 768, "layers": 12, "heads": 12, "patch": 32, "size": 224, "dim": 512}, 2000).train()
+
+
+def rice_step(times):
+    import torch
+    model, B, T = rice_model(), 8 * times, 10
+    batch = {"image": torch.randn(B, 3, 224, 224), "title": torch.randint(2, 2000, (B, 24)), "frames": torch.randn(B, T, 3, 224, 224),
+             "keep": torch.ones(B, T, 49, dtype=torch.bool), "valid": torch.ones(B, T, dtype=torch.bool),
+             "asr": torch.randint(2, 2000, (B, 24)), "product": torch.arange(B), "seed": 0}
+
+    def step():
+        model.zero_grad()
+        model.loss(batch)[0].backward()
+    return step
+
+
+def encoder_alone(times):
+    import torch
+    model, images = rice_model().visual, torch.randn(8 * times * 11, 3, 224, 224)
+
+    def step():
+        model.zero_grad()
+        model(images)[0].square().sum().backward()
+    return step
+
+
+def stage_step(stage):
+    """Steps of the quickstart, without its pictures: the tiny preset's model and batch."""
+    def work(times):
+        import torch
+        import eval as evaluation
+        import train
+        config = train.configure({}, stage)
+        model = evaluation.build(vars(config), 8, 500).train()
+        optimizer, B, T = train.optimizer_of(model, config), config.batch, {"sd": 1, "md": config.frames, "rice": config.train_frames}[stage]
+        box = {"boxes_cxcywh": torch.rand(B, T, 1, 4) / 3 + 0.3, "labels": torch.randint(8, (B, T, 1)), "size": torch.ones(B, T, 2)}
+        item = {"frames": torch.randint(255, (B, T, 3, 96, 96), dtype=torch.uint8), "padding": torch.zeros(B, T, 96, 96, dtype=torch.bool)}
+        if stage == "rice":
+            box = {"asr": torch.randint(2, 500, (B, 24)), "title": torch.randint(2, 500, (B, 24)), "product": torch.arange(B)}
+            item = {"frames": torch.randint(255, (B, T, 3, 64, 64), dtype=torch.uint8), "keep": torch.ones(B, T, 16, dtype=torch.bool),
+                    "image": torch.randint(255, (B, 3, 64, 64), dtype=torch.uint8)}
+        batch = item | box | {"valid": torch.ones(B, T, dtype=torch.bool), "clip": torch.arange(B)}
+        wrapped = train.Step(model)
+
+        def steps():
+            for n in range(5 * times):
+                train.forward_backward(wrapped, optimizer, batch, config, torch.device("cpu"), n, 1)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+                optimizer.step()
+        return steps
+    return work
+
+
+def products(times):
+    import torch
+    a = torch.randn(2048, 2048 * times)
+    return lambda: a @ a.T
+
+# ------------------------------------------------------------------ the peers' works, run by --peer-python
+
+
+def peer_detector():
+    import torch
+    from transformers import DabDetrConfig, DabDetrForObjectDetection
+    torch.manual_seed(0)
+    return DabDetrForObjectDetection(DabDetrConfig(use_pretrained_backbone=False, num_labels=91))
+
+
+def peer_sd(height, width, batch):
+    def work(times):
+        import torch
+        model, (images, padding) = peer_detector().eval(), pictures(batch, height, width)
+        return torch.inference_mode()(lambda: model(pixel_values=images, pixel_mask=(~padding).long()))
+    return work
+
+
+def peer_sd_step(times):
+    import torch
+    model, (images, padding) = peer_detector().train(), pictures(2, 480, 640)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-6, fused=True)
+    labels = [{"class_labels": torch.randint(91, (1,)), "boxes": torch.rand(1, 4) / 3 + 0.3} for _ in images]
+
+    def step():
+        optimizer.zero_grad()
+        model(pixel_values=images, pixel_mask=(~padding).long(), labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    return step
+
+
+def peer_ap(times):
+    import contextlib
+    import io
+    import numpy as np
+    from faster_coco_eval import COCO, COCOeval_faster
+    truth, found = truth_and_detections(times)
+    xywh = {id(t): np.concatenate([t["box_xyxy"][:, :2], t["box_xyxy"][:, 2:] - t["box_xyxy"][:, :2]], 1) for t in (truth, found)}
+    side = [{"image_id": int(i), "category_id": int(c), "bbox": b.tolist(), "area": float(b[2] * b[3]), "iscrowd": 0, "id": n + 1}
+            for n, (i, c, b) in enumerate(zip(truth["image"], truth["category"], xywh[id(truth)]))]
+    answers = [{"image_id": int(i), "category_id": int(c), "bbox": b.tolist(), "score": float(s)}
+               for i, c, b, s in zip(found["image"], found["category"], xywh[id(found)], found["score"])]
+    dataset = {"images": [{"id": int(i)} for i in found["image"]], "categories": [{"id": c} for c in range(34)], "annotations": side}
+
+    def judge():
+        with contextlib.redirect_stdout(io.StringIO()):
+            judged = COCO(dataset)
+            run = COCOeval_faster(judged, judged.loadRes(answers), "bbox")
+            run.evaluate()
+            run.accumulate()
+            run.summarize()
+    return judge
+
+
+def peer_search(times):
+    import faiss
+    faiss.omp_set_num_threads(THREADS)
+    clips, images = (x.numpy() for x in gallery(times))
+    index = faiss.IndexFlatIP(512)
+    index.add(images)
+    return lambda: index.search(clips, 10)
+
+
+# ------------------------------------------------------------------ the rows
+
+# name: what it is, our work and its size, {contender: work}, {contender: ratio to stay under}
+ROWS = {
+    "products": ("matrix products, 2048^3: the machine's rate", products, 1, {}, {}),
+    "sd": ("SD, 2 pictures of 480 x 640", sd_small_pictures, 1, {"transformers": peer_sd(480, 640, 2)}, {"transformers": 0.60}),
+    "sd-large": ("SD, 1 picture of 800 x 1066", sd_large_picture, 1, {"transformers": peer_sd(800, 1066, 1)}, {"transformers": 0.60}),
+    "sd-step": ("SD, a training step, 2 pictures of 480 x 640", sd_step, 1, {"transformers": peer_sd_step}, {"transformers": 0.75}),
+    "md": ("MD, a clip of 10 frames of 240 x 320", md_clip, 1, {"SD on the frames": sd_clip}, {"SD on the frames": 1.10}),
+    "match-1": (f"matching, 16 frames, 1 box each, {CALLS} calls", match_one, 1, {"plain loop": lambda n: plain_match(1, n)}, {"plain loop": 0.25}),
+    "match-3": (f"matching, 16 frames, 3 boxes each, {CALLS} calls", match_three, 1, {"plain loop": lambda n: plain_match(3, n)}, {"plain loop": 0.5}),
+    "ap": ("AP, 500,000 frames, 666,666 boxes", ap, 8, {"faster-coco-eval": peer_ap}, {"faster-coco-eval": 0.05}),
+    "search": ("first 10 of 66,358 images for 20,079 clips", search, 1, {"products alone": products_alone, "faiss": peer_search},
+               {"products alone": 1.25, "faiss": 0.25}),
+    "lives": ("rank-k in 110 galleries of 603 images", lives, 1, {}, {}),
+    "jpeg": ("40 JPEG of 540 x 960 to a batch, one core", jpeg, 1, {"decode + resize": decode_alone}, {"decode + resize": 1 / 0.85}),
+    "rice": ("RICE, forward + backward, 8 clips of 10 frames", rice_step, 1, {"encoder alone": encoder_alone}, {"encoder alone": 1.15}),
+    "tiny-sd": ("quickstart, 5 steps of SD", stage_step("sd"), 1, {}, {}),
+    "tiny-md": ("quickstart, 5 steps of MD", stage_step("md"), 1, {}, {}),
+    "tiny-rice": ("quickstart, 5 steps of RICE", stage_step("rice"), 1, {}, {}),
+}
+PEERS = ("transformers", "faster-coco-eval", "faiss")
+GROWTH = {"sd": "queries: 300", "md": "frames: 10", "sd-step": "pictures: 2", "match-3": "queries: 300", "ap": "frames: 62,500",
+          "search": "gallery: 66,358", "lives": "lives: 110", "jpeg": "files: 40", "rice": "clips: 8"}
+
+
+class Contender:
+    """A process that holds one work ready and does it once whenever it is asked."""
+
+    def __init__(self, python, code, row, name, times):
+        command = [python, __file__, "--work", json.dumps([row, name, times])]
+        settings = os.environ | {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(code), "PYTHONWARNINGS": "ignore"}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings, cwd=code)
+        self.seconds, self.memory = [], 0.0
+        self.turn()                                                                          # the warm-up
+        self.seconds.clear()
+
+    def turn(self):
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"{' '.join(self.process.args)}: failed")
+        seconds, self.memory = json.loads(answer)
+        self.seconds.append(seconds)
+
+    def leave(self):
+        self.process.stdin.close()
+        self.process.wait()
+        middle = statistics.median(self.seconds)
+        return {"median": middle, "lowest": min(self.seconds), "highest": max(self.seconds), "memory_gb": self.memory}
+
+
+def work(row, name, times):
+    """The other end of a Contender."""
+    import torch
+    torch.set_num_threads(THREADS)
+    once = (ROWS[row][1] if name == "ours" else ROWS[row][3][name])(times)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        once()
+        seconds = time.perf_counter() - begin
+        print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20]), flush=True)
+
+
+def measure(row, repeats, peer=None, before=None, times=None, alone=False):
+    _, _, own, rivals, _ = ROWS[row]
+    times, field = times or own, {"ours": (sys.executable, HERE)}
+    field |= {} if alone else {name: (peer if name in PEERS else sys.executable, HERE) for name in rivals if peer or name not in PEERS}
+    field |= {"before": (sys.executable, Path(before).resolve())} if before else {}
+    entered = {name: Contender(python, code, row, "ours" if name == "before" else name, times) for name, (python, code) in field.items()}
+    for _ in range(repeats):
+        for contender in entered.values():
+            contender.turn()
+    return {name: contender.leave() for name, contender in entered.items()}
+
+
+def clock(figures):
+    unit, name = (1, "s") if figures["median"] >= 1 else (1000, "ms")
+    return f"{figures['median'] * unit:.3g} {name} ({figures['lowest'] * unit:.3g} - {figures['highest'] * unit:.3g})"
+
+
+def compare(names, repeats, peer, before):
+    from eval import table
+    rows, result = [], {}
+    for name in names:
+        text, _, _, _, targets = ROWS[name]
+        result[name] = figures = measure(name, repeats, peer, before)
+        for who, figure in figures.items():
+            ratio = None if who == "ours" else figures["ours"]["median"] / figure["median"]
+            rows.append((text if who == "ours" else "", who, clock(figure), f"{figure['memory_gb']:.2f} GB",
+                         "" if ratio is None else f"{ratio:.3f}", "" if who not in targets else f"{targets[who]:.3g}"))
+        print(f"{name}: {', '.join(f'{who} {clock(figure)}' for who, figure in figures.items())}", file=sys.stderr, flush=True)
+    print(table(("work", "who", "time", "peak memory", "ours / theirs", "aim: at most"), rows, True))
+    return result
+
+
+def grow(names, repeats):
+    from eval import table
+    rows, result = [], {}
+    for name in (n for n in names if n in GROWTH):
+        figures = [measure(name, repeats, times=times, alone=True)["ours"] for times in (1, 2, 4, 8)]
+        result[name] = figures
+        rows.append((ROWS[name][0].split(",")[0], GROWTH[name], *(f"{f['median'] / figures[0]['median']:.1f}" for f in figures),
+                     *(f"{f['memory_gb']:.2f}" for f in figures)))
+        print(f"{name}: {', '.join(map(clock, figures))}", file=sys.stderr, flush=True)
+    print(table(("work", "grows", "1x", "2x", "4x", "8x", "GB, 1x", "2x", "4x", "8x"), rows, True))
+    return result
+
+
+def profile(folder, steps=40):
+    """Share of each part of a training step, by torch.profiler, for the stages of the tiny preset."""
+    import torch
+    import data
+    import detect
+    import eval as evaluation
+    import rice
+    import train
+    from torch.profiler import record_function
+    parts = {"pictures": (data, "to_float"), "loss": (detect, "detection_loss"), "forward": (detect.SD, "features"), "TTM": (detect.MD, "temporal"),
+             "encoders": (rice.RICE, "forward"), "PMD": (rice.PMD, "forward"), "backward": (torch.Tensor, "backward"),
+             "clipping": (torch.nn.utils, "clip_grad_norm_"), "check": (train, "stop_together"), "logging": (train, "report")}
+    for label, (place, name) in parts.items():
+        def marked(*arguments, _call=getattr(place, name), _label=f"# {label}", **named):
+            with record_function(_label):
+                return _call(*arguments, **named)
+        setattr(place, name, marked)
+    result, rows = {}, []
+    with tempfile.TemporaryDirectory() as out:
+        for stage in train.STAGES:
+            settings = {"data": folder, "out": out, "steps": steps, "workers": 0, "stage": stage}
+            settings |= {"boxes": "true"} if stage == "rice" else {}
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:
+                begin = time.perf_counter()
+                train.train(train.configure(settings, stage), 0, 1, evaluation.pick_device())
+                wall = time.perf_counter() - begin
+            spent = {e.key: e.cpu_time_total / 1000 / steps for e in run.key_averages()}
+            result[stage] = {"step": 1000 * wall / steps} | {
+                label: value for label, value in ((key.removeprefix("# "), value) for key, value in spent.items()
+                                                 if key.startswith(("# ", "enumerate(DataLoader)", "Optimizer.step")))}
+            rows += [(stage if n == 0 else "", name.split("#")[0], f"{value:.1f}") for n, (name, value) in
+                     enumerate(sorted(result[stage].items(), key=lambda pair: -pair[1]))]
+    print(evaluation.table(("stage", "part", "ms a step"), rows, True))
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each contender [5]")
+    parser.add_argument("--peer-python", help="the python of an environment that has the public packages")
+    parser.add_argument("--before", help="folder of an earlier copy of this project")
+    parser.add_argument("--json", help="write all figures to this file")
+    parser.add_argument("--grow", action="store_true", help="each work at 1, 2, 4, 8 times its size")
+    parser.add_argument("--profile", metavar="DATA", help="where the time of a training step goes, on this data folder")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.work:
+        return work(*json.loads(flags.work))
+    sys.path.insert(0, str(HERE))
+    import torch
+    import torchvision
+    names = flags.rows.split(",")
+    setting = {"threads": THREADS, "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+               "machine": platform.machine(), "repeats": flags.repeats}
+    print(", ".join(f"{name} {value}" for name, value in setting.items()), "\n")
+    result = (profile(flags.profile) if flags.profile else grow(names, flags.repeats) if flags.grow
+              else compare(names, flags.repeats, flags.peer_python, flags.before))
+    if flags.json:
+        Path(flags.json).write_text(json.dumps({"setting": setting, "figures": result}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
