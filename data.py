@@ -30,6 +30,7 @@ Letters: B batch, T frames, M boxes of a frame, H W pixels, S side of a square v
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -470,9 +471,14 @@ class Lives:
 
 def inside(path, folder):
     """`path` itself; BadInput when a link leads it out of the folder, which may be a link."""
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+    if not os.path.realpath(path).startswith(os.path.join(_real(str(folder)), "")):
         raise BadInput(f"{path}: a link that leads out of {folder}")
     return path
+
+
+@functools.cache
+def _real(folder):
+    return os.path.realpath(folder)
 
 
 def read_picture(path):
@@ -483,7 +489,7 @@ def read_picture(path):
         if width * height > LARGEST:
             raise BadInput(f"{path}: {width} x {height} pixels, more than {LARGEST:,}")
         image = torchvision.io.decode_image(torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB, True)
-        return TF.to_dtype(image, torch.uint8, scale=True)                      # a PNG may hold 16 bits
+        return image if image.dtype == torch.uint8 else TF.to_dtype(image, torch.uint8, scale=True)   # a PNG may hold 16 bits
     except BadInput:
         raise
     except Exception:                                    # a decoder raises whatever the bytes lead it to
@@ -625,16 +631,15 @@ class DetectionSet(Dataset):
 
     def _targets(self, rows, width, height):
         """Pixel boxes [M,5] -> cxcywh in 0..1 [M,4], clipped to the picture, and classes [M]; what lies outside goes."""
-        xyxy = torch.as_tensor(rows[:, :4]) / torch.tensor([width, height, width, height])
-        xyxy = xyxy.clamp(0, 1).float()
-        kept = ((xyxy[:, 2:] - xyxy[:, :2]) > 0).all(1)
+        xyxy = (rows[:, :4] / (width, height, width, height)).clip(0, 1).astype(np.float32)
+        kept = (xyxy[:, 2:] > xyxy[:, :2]).all(1)
         unknown = [int(c) for c in rows[:, 4] if c not in self.categories]
         if unknown:
             raise BadInput(f"{self.lives.root}: a training box has the category {unknown[0]} (-1: none given), expected one "
                            f"of column 6: {list(self.categories)[:40]}")
-        labels = torch.tensor([self.categories[int(c)] for c in rows[:, 4]], dtype=torch.long)
-        centre, extent = (xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]
-        return torch.cat([centre, extent], 1)[kept], labels[kept]
+        labels = np.array([self.categories[int(c)] for c in rows[:, 4]], np.int64)
+        boxes = np.concatenate([(xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]], 1)
+        return torch.from_numpy(boxes[kept]), torch.from_numpy(labels[kept])
 
 
 def collate_detection(items, multiple=16):

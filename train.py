@@ -416,7 +416,7 @@ def train(config, rank, world, device):
         wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None)
     sampler = data.StepSampler(order, config.batch, config.steps, start, config.seed, rank, world)
     batches = DataLoader(samples, batch_sampler=sampler, num_workers=config.workers, collate_fn=collate,
-                         pin_memory=device.type == "cuda")
+                         pin_memory=device.type == "cuda", worker_init_fn=deaf)
 
     def state(step):
         return {"config": vars(config), "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | kept
@@ -549,6 +549,12 @@ class Signals:
 
     def code(self):
         return 128 + (self.seen[0] if self.seen else signal.SIGTERM)
+
+
+def deaf(_):
+    """A worker leaves Ctrl-C and SIGTERM, which reach the whole group, to the process that it loads for: that one saves first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def write_line(log, line):

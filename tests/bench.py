@@ -72,13 +72,13 @@ def sd_step(times):
 def md_clip(times):
     import torch
     import detect
-    model, (images, padding) = detect.MD(sd_model()).eval(), pictures(10 * times, 240, 320)
+    model, (images, padding) = detect.MD(sd_model()).eval(), pictures(10 * times, 480, 640)
     return torch.inference_mode()(lambda: model(images[None], padding[None], torch.ones(1, len(images), dtype=torch.bool)))
 
 
 def sd_clip(times):
     import torch
-    model, (images, padding) = sd_model().eval(), pictures(10 * times, 240, 320)
+    model, (images, padding) = sd_model().eval(), pictures(10 * times, 480, 640)
     return torch.inference_mode()(lambda: model(images, padding))
 
 
@@ -345,7 +345,7 @@ ROWS = {
     "sd": ("SD, 2 pictures of 480 x 640", sd_small_pictures, 1, {"transformers": peer_sd(480, 640, 2)}, {"transformers": 0.60}),
     "sd-large": ("SD, 1 picture of 800 x 1066", sd_large_picture, 1, {"transformers": peer_sd(800, 1066, 1)}, {"transformers": 0.60}),
     "sd-step": ("SD, a training step, 2 pictures of 480 x 640", sd_step, 1, {"transformers": peer_sd_step}, {"transformers": 0.75}),
-    "md": ("MD, a clip of 10 frames of 240 x 320", md_clip, 1, {"SD on the frames": sd_clip}, {"SD on the frames": 1.10}),
+    "md": ("MD, a clip of 10 frames of 480 x 640", md_clip, 1, {"SD on the frames": sd_clip}, {"SD on the frames": 1.10}),
     "match-1": (f"matching, 16 frames, 1 box each, {CALLS} calls", match_one, 1, {"plain loop": lambda n: plain_match(1, n)}, {"plain loop": 0.25}),
     "match-3": (f"matching, 16 frames, 3 boxes each, {CALLS} calls", match_three, 1, {"plain loop": lambda n: plain_match(3, n)}, {"plain loop": 0.5}),
     "ap": ("AP, 500,000 frames, 666,666 boxes", ap, 8, {"faster-coco-eval": peer_ap}, {"faster-coco-eval": 0.05}),

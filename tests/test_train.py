@@ -124,18 +124,18 @@ def test_a_signal_saves_and_the_same_command_goes_on(livestreams, tmp_path, numb
     whole = start("train.py", *flags, "--out", tmp_path / "whole")                   # with as many threads as the others
     assert whole.communicate(timeout=100) and whole.returncode == 0
     command = ["train.py", *flags, "--out", tmp_path / "cut", "--save-every", "3"]
-    process = start(*command)
+    process = start(*command, "--workers", "1", start_new_session=True)
     wait_for(tmp_path / "cut" / "sd.pt", process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)                                                    # the worker hears it, too
     _, error = process.communicate(timeout=60)
     stopped = evaluation.read_checkpoint(tmp_path / "cut" / "sd.pt")
     if process.returncode == 128 + number:                                            # unless it was done before it heard
         assert "the same command goes on" in error and f"step {stopped['step']} of 30" in error and stopped["step"] < 30
-    process = start(*command, "--log-every", "1", "--workers", "1")
+    process = start(*command, "--log-every", "1")
     said, _ = process.communicate(timeout=100)
     assert process.returncode == 0
     if stopped["step"] < 30:
-        assert f"goes on from step {stopped['step']} of 30; workers: 0 there, 1 here" in said
+        assert f"goes on from step {stopped['step']} of 30; workers: 1 there, 0 here" in said
     one, two = (evaluation.read_checkpoint(tmp_path / part / "sd.pt") for part in ("whole", "cut"))
     assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
     assert (tmp_path / "whole" / "sd.jsonl").read_text() == (tmp_path / "cut" / "sd.jsonl").read_text()
