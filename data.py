@@ -673,9 +673,15 @@ def collate_detection(items, multiple=16):
     return batch
 
 
+@functools.cache
+def _on(device, statistics):
+    """Mean and deviation [3,1,1] on a device, sent there once: a copy in every step would wait for the device."""
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in statistics]
+
+
 def to_float(pixels, statistics, padding=None):
     """uint8 pictures [...,3,H,W] -> normalised float; padded pixels are 0, as DETR has them."""
-    mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in statistics)
+    mean, std = _on(pixels.device, statistics)
     pixels = (pixels.float() / 255 - mean) / std
     return pixels if padding is None else pixels.masked_fill(padding.unsqueeze(-3), 0)
 

@@ -392,9 +392,10 @@ class SD(nn.Module):
                                      (torch.arange(w, device=memory.device) + 0.5) / w).flip(-1)  # [S,2] x, y
         place = place * torch.tensor(padding.shape[:0:-1], device=memory.device) / extent[:, None]  # [B,S,2] of the picture
         inside = ((place[:, :, None] - boxes[:, None, :, :2]).abs() < 0.35 * boxes[:, None, :, 2:]).all(-1)  # [B,S,M]
-        image, token, target = (inside & (labels >= 0)[:, None]).nonzero(as_tuple=True)          # [positive] each
-        logits = self.dense_embed(memory[image, token]).float()                                  # [positive,K]
-        return F.cross_entropy(logits, labels[image, target], reduction="sum") / share_of_all(labels.new_tensor(len(image)))
+        inside = inside & (labels >= 0)[:, None]                                                  # [B,S,M]
+        logits = self.dense_embed(memory).float().log_softmax(-1)                                 # [B,S,K]
+        right = logits.gather(2, labels.clamp(min=0)[:, None].expand(-1, memory.shape[1], -1))    # [B,S,M]
+        return -(right * inside).sum() / share_of_all(inside.sum())
 
 
 def picture_size(padding):
@@ -662,18 +663,16 @@ def detection_loss(logits, boxes, labels, targets, valid=None):
     """
     logits, boxes = logits.float(), boxes.float()
     query = match(logits, boxes, labels, targets)                                                # [L,B,M]
-    layer, image, target = (query >= 0).nonzero(as_tuple=True)
-    chosen = layer, image, query[layer, image, target]
-    wanted = torch.zeros_like(logits)
-    wanted[(*chosen, labels[image, target])] = 1                                                 # [L,B,N,K]
+    real, query = query >= 0, query.clamp(min=0)                                                 # [L,B,M] twice
+    wanted = torch.zeros_like(logits).flatten(2)                                                 # [L,B,N*K]
+    wanted = wanted.scatter_add(2, query * logits.shape[-1] + labels.clamp(min=0), real.float()).view_as(logits)  # [L,B,N,K]
     focal = sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2)                              # [L,B,N,K]
     focal = focal if valid is None else focal * valid[:, None, None]
     divisor = share_of_all((labels >= 0).sum())
-    predicted, truth = boxes[chosen], targets[image, target]                                     # [matches,4]
-    l1 = (predicted - truth).abs().sum(-1)
-    apart = 1 - giou(*(box_convert(b, "cxcywh", "xyxy") for b in (predicted, truth)))
-    terms = {"class": focal.sum((1, 2, 3)), "l1": l1.new_zeros(len(logits)).index_add(0, layer, l1),
-             "giou": l1.new_zeros(len(logits)).index_add(0, layer, apart)}
+    predicted = boxes.gather(2, query[..., None].expand(-1, -1, -1, 4))                          # [L,B,M,4]
+    l1 = (predicted - targets).abs().sum(-1)                                                     # [L,B,M]
+    apart = 1 - giou(*(box_convert(b, "cxcywh", "xyxy") for b in (predicted, targets)))          # [L,B,M]
+    terms = {"class": focal.sum((1, 2, 3)), "l1": (l1 * real).sum((1, 2)), "giou": (apart * real).sum((1, 2))}
     terms = {name: value / divisor for name, value in terms.items()}
     loss = (terms["class"] + 5 * terms["l1"] + 2 * terms["giou"]).sum()
     return loss, {name: value.detach() for name, value in terms.items()}

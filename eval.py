@@ -256,11 +256,11 @@ def pick_device():
 
 
 def start_processes():
-    """Join torchrun's group when there is one: nccl with CUDA, gloo otherwise. -> rank, number of processes."""
+    """Join torchrun's group when there is one: gloo, and nccl for what lies on CUDA devices. -> rank, number of processes."""
     if "RANK" in os.environ and not dist.is_initialized():
         pick_device()
         store, rank, world = next(dist.rendezvous("env://"))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=fresh_part(store, rank, world),
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=fresh_part(store, rank, world),
                                 rank=rank, world_size=world)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 

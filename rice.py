@@ -393,7 +393,7 @@ class RICE(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             similarity = self.scale() * image.float() @ gather(clip.float()).T                   # [B,A]
         row, (B, A) = first_row(len(image)), similarity.shape
-        noise = gumbel((A, A), seed)[row:row + B].to(image.device)           # all rows are drawn, so any layout draws alike
+        noise = gumbel((A, A), seed)[row:row + B].to(image.device, non_blocking=True)   # all rows are drawn, so any layout draws alike
         negatives, real = sample_negatives(similarity, product, gather(product), self.n_neg, self.hard, noise)
         return torch.cat([torch.arange(row, row + B, device=image.device)[:, None], negatives], 1), real
 

@@ -412,6 +412,7 @@ def train(config, rank, world, device):
         with data.whole(log) as part:
             Path(part).write_bytes(b"".join(line for line, step in zip(lines, steps) if step <= start))
     wrapped, bad = Step(model), {}                                                # bad: clip -> why it cannot be read
+    wrong = torch.tensor(math.inf, device=device)                                 # first step whose loss or gradient is not finite
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None)
     sampler = data.StepSampler(order, config.batch, config.steps, start, config.seed, rank, world)
@@ -428,17 +429,20 @@ def train(config, rank, world, device):
                 group["lr"] = group["peak"] * learning_rate(step, config)
             loss, terms = forward_backward(wrapped, optimizer, batch, config, device, step, world)
             norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
-            broken, stop = stop_together(loss, terms, norm, model, step, batch, samples.lives, rank, world, signals)
+            wrong = wrong.where(torch.stack([loss, norm]).isfinite().all(), wrong.clamp(max=step + 1))
+            broken, stop = heard_by_all(batch, signals, world)
             for clip, reason in broken:
                 bad.setdefault(clip, reason)
             if len(bad) > 0.01 * len(samples.lives):
                 raise BadInput(f"{config.data}: {len(bad)} of {len(samples.lives)} clips cannot be read, more than 1 %; `python data.py "
                                f"check {config.data}` lists them all; the first: {'; '.join(list(bad.values())[:10])}")
-            optimizer.step()
-            bar.update(config.batch)
             last = step + 1 == config.steps
             log_it, save_it, judge_it = (every and ((step + 1) % every == 0 or last)
                                          for every in (config.log_every, config.save_every, config.eval_every))
+            if log_it or save_it or judge_it or stop or step == start:             # else nothing waits for the device
+                stop_where_not_finite(wrong, loss, terms, norm, model, step, batch, samples.lives, rank, world)
+            optimizer.step()
+            bar.update(config.batch)
             if log_it:
                 line = report(loss, terms, norm, world)
                 shown = {name: f"{value:.3g}" for name, value in line.items() if name != "norm"}
@@ -497,10 +501,12 @@ def forward_backward(wrapped, optimizer, batch, config, device, step, world):
     """
     optimizer.zero_grad()
     parts = [{name: value[part] for name, value in batch.items()} for part in slices(len(batch["clip"]), config.accum)]
-    count = torch.tensor([(part["labels"] >= 0).sum().float() if "labels" in part else 1.0 for part in parts], device=device)
-    if world > 1 and config.accum > 1:
-        dist.all_reduce(count)
-    share = count.clamp(min=1) / count.sum().clamp(min=1) if config.accum > 1 else [1.0]
+    share = [1.0]
+    if config.accum > 1:
+        count = torch.tensor([int((part["labels"] >= 0).sum()) if "labels" in part else 1 for part in parts], dtype=torch.float32)
+        if world > 1:
+            dist.all_reduce(count)
+        share = (count.clamp(min=1) / count.sum().clamp(min=1)).tolist()
     total, sums = 0.0, {}
     for n, part in enumerate(parts):
         alone = n + 1 < len(parts) and world > 1                                 # gradients meet once, after the last part
@@ -571,26 +577,35 @@ def step_of(line):
     return step if type(step) is int and line.endswith(b"\n") else math.inf
 
 
-def stop_together(loss, terms, norm, model, step, batch, lives, rank, world, signals):
-    """End the run on all processes when one's loss is not finite, before the bad step changes a weight; say where.
+def heard_by_all(batch, signals, world):
+    """What no process could read in this step as (clip, reason), and whether one was told to stop: the same on all of them.
 
-    -> (clip, reason) of what no process could read in this step, and whether one was told to stop: the same on all of them.
+    Both are known on the host, and there they are exchanged: the device is not waited for.
     """
-    wrong = torch.stack([loss.detach(), norm]).isfinite().logical_not().any()
     unread = [(int(clip), reason) for clip, reason in zip(batch["clip"], batch["bad"]) if reason]
-    flags = torch.tensor([float(wrong), len(unread), len(signals.seen)], device=wrong.device)
+    flags = torch.tensor([len(unread), len(signals.seen)])
     if world > 1:
         dist.all_reduce(flags)                          # every process learns what one has met, so all take the same way
-    if flags[1] > 0:
+    if flags[0] > 0:
         unread = [pair for part in evaluation.everyones(unread) for pair in part]
-    if not flags[0]:
-        return unread, bool(flags[2])
+    return unread, bool(flags[1])
+
+
+def stop_where_not_finite(wrong, loss, terms, norm, model, step, batch, lives, rank, world):
+    """End the run on all processes when a loss or gradient of one was not finite at step `wrong` or since (inf: never).
+
+    Asked at every line of the log and before a checkpoint is written, so none is spoilt; says what is known of this step.
+    """
+    if world > 1:
+        dist.all_reduce(wrong, dist.ReduceOp.MIN)
+    if wrong.isinf():
+        return
     tensors = [(f"weight {name}", p) for name, p in model.named_parameters()]
     tensors += [(f"gradient of {name}", p.grad) for name, p in model.named_parameters() if p.grad is not None]
     first = next((name for name, value in tensors if not value.isfinite().all()), "no weight and no gradient")
     values = {name: round(value.flatten()[-1].item(), 4) for name, value in terms.items()}
     clips = [lives.clip(int(c)).video_id for c in batch["clip"][:4]]
-    raise BadInput(f"step {step + 1}, process {rank}: the loss {loss.item():.4g} or its gradient {norm.item():.4g} is not finite; "
+    raise BadInput(f"step {int(wrong)}: the loss or its gradient is not finite; at step {step + 1}, process {rank}: {loss.item():.4g}, {norm.item():.4g}; "
                    f"terms {values}; first bad tensor: {first}; clips {', '.join(clips)}, ...; "
                    "the last checkpoint is whole, try a lower --lr")
 

@@ -6,7 +6,7 @@
     python tests/bench.py --before OLD_CHECKOUT                   and an earlier copy of this project
     python tests/bench.py --rows sd,ap --repeats 9 --json FILE    some rows; all figures as JSON
     python tests/bench.py --grow                                  instead: each work at 1, 2, 4 and 8 times its size
-    python tests/bench.py --profile runs/livestreams              instead: where the time of a training step goes
+    python tests/bench.py --profile runs/livestreams              instead: where the time of a training step goes (with --before: went)
 
 Each contender is a process of its own, built once, warmed up by one turn; then all of a row take turns, and the table shows the median
 (lowest - highest) of the turns and the peak memory of the process. A ratio is ours over the other's, of the medians.
@@ -220,7 +220,7 @@ def rice_model():
 
 def rice_step(times):
     import torch
-    model, B, T = rice_model(), 8 * times, 10
+    model, B, T = rice_model(), 4 * times, 10
     batch = {"image": torch.randn(B, 3, 224, 224), "title": torch.randint(2, 2000, (B, 24)), "frames": torch.randn(B, T, 3, 224, 224),
              "keep": torch.ones(B, T, 49, dtype=torch.bool), "valid": torch.ones(B, T, dtype=torch.bool),
              "asr": torch.randint(2, 2000, (B, 24)), "product": torch.arange(B), "seed": 0}
@@ -233,7 +233,7 @@ def rice_step(times):
 
 def encoder_alone(times):
     import torch
-    model, images = rice_model().visual, torch.randn(8 * times * 11, 3, 224, 224)
+    model, images = rice_model().visual, torch.randn(4 * times * 11, 3, 224, 224)
 
     def step():
         model.zero_grad()
@@ -241,31 +241,60 @@ def encoder_alone(times):
     return step
 
 
-def stage_step(stage):
-    """Steps of the quickstart, without its pictures: the tiny preset's model and batch."""
-    def work(times):
-        import torch
-        import eval as evaluation
-        import train
-        config = train.configure({}, stage)
-        model = evaluation.build(vars(config), 8, 500).train()
-        optimizer, B, T = train.optimizer_of(model, config), config.batch, {"sd": 1, "md": config.frames, "rice": config.train_frames}[stage]
-        box = {"boxes_cxcywh": torch.rand(B, T, 1, 4) / 3 + 0.3, "labels": torch.randint(8, (B, T, 1)), "size": torch.ones(B, T, 2)}
-        item = {"frames": torch.randint(255, (B, T, 3, 96, 96), dtype=torch.uint8), "padding": torch.zeros(B, T, 96, 96, dtype=torch.bool)}
-        if stage == "rice":
-            box = {"asr": torch.randint(2, 500, (B, 24)), "title": torch.randint(2, 500, (B, 24)), "product": torch.arange(B)}
-            item = {"frames": torch.randint(255, (B, T, 3, 64, 64), dtype=torch.uint8), "keep": torch.ones(B, T, 16, dtype=torch.bool),
-                    "image": torch.randint(255, (B, 3, 64, 64), dtype=torch.uint8)}
-        batch = item | box | {"valid": torch.ones(B, T, dtype=torch.bool), "clip": torch.arange(B)}
-        wrapped = train.Step(model)
+def tiny_step(stage, world=1):
+    """-> a function that takes one step of the quickstart, without its pictures: the tiny preset's model and (share of the) batch."""
+    import torch
+    import eval as evaluation
+    import train
+    torch.manual_seed(0)
+    config = train.configure({}, stage)
+    model = evaluation.build(vars(config), 8, 500).train()
+    optimizer, B, T = train.optimizer_of(model, config), config.batch // world, {"sd": 1, "md": config.frames, "rice": config.train_frames}[stage]
+    batch = {"valid": torch.ones(B, T, dtype=torch.bool), "clip": torch.arange(B)}
+    if stage == "rice":
+        batch |= {"asr": torch.randint(2, 500, (B, 24)), "title": torch.randint(2, 500, (B, 24)), "product": torch.arange(B),
+                  "frames": torch.randint(255, (B, T, 3, 64, 64), dtype=torch.uint8), "keep": torch.ones(B, T, 16, dtype=torch.bool),
+                  "image": torch.randint(255, (B, 3, 64, 64), dtype=torch.uint8)}
+    else:
+        batch |= {"boxes_cxcywh": torch.rand(B, T, 1, 4) / 3 + 0.3, "labels": torch.randint(8, (B, T, 1)), "size": torch.ones(B, T, 2),
+                  "frames": torch.randint(255, (B, T, 96, 96, 3), dtype=torch.uint8).movedim(-1, 2),
+                  "padding": torch.zeros(B, T, 96, 96, dtype=torch.bool)}
+    wrapped = train.Step(model)
+    wrapped = wrapped if world == 1 else torch.nn.parallel.DistributedDataParallel(wrapped)
 
-        def steps():
-            for n in range(5 * times):
-                train.forward_backward(wrapped, optimizer, batch, config, torch.device("cpu"), n, 1)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-                optimizer.step()
-        return steps
+    def step():
+        train.forward_backward(wrapped, optimizer, batch, config, torch.device("cpu"), 0, world)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+    return step
+
+
+def five_steps(stage):
+    def work(times):
+        step = tiny_step(stage)
+        return lambda: [step() for _ in range(5 * times)]
     return work
+
+
+def member(rank, world, store, gate):
+    """One of the processes of `processes`: a step each time that the gate opens."""
+    import torch
+    import torch.distributed as dist
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    step = tiny_step("rice", world)
+    while True:
+        gate.wait()
+        step()
+        gate.wait()
+
+
+def processes(times):
+    """A step of the quickstart's RICE, the same batch on `times` processes of one thread each."""
+    import torch.multiprocessing as multiprocessing
+    gate = multiprocessing.get_context("spawn").Barrier(times + 1)
+    multiprocessing.spawn(member, (times, f"{tempfile.mkdtemp()}/store", gate), times, join=False, daemon=True)
+    return lambda: (gate.wait(), gate.wait())
 
 
 def products(times):
@@ -348,19 +377,21 @@ ROWS = {
     "md": ("MD, a clip of 10 frames of 480 x 640", md_clip, 1, {"SD on the frames": sd_clip}, {"SD on the frames": 1.10}),
     "match-1": (f"matching, 16 frames, 1 box each, {CALLS} calls", match_one, 1, {"plain loop": lambda n: plain_match(1, n)}, {"plain loop": 0.25}),
     "match-3": (f"matching, 16 frames, 3 boxes each, {CALLS} calls", match_three, 1, {"plain loop": lambda n: plain_match(3, n)}, {"plain loop": 0.5}),
-    "ap": ("AP, 500,000 frames, 666,666 boxes", ap, 8, {"faster-coco-eval": peer_ap}, {"faster-coco-eval": 0.05}),
+    "ap": ("AP, 62,500 frames, 83,333 boxes", ap, 1, {"faster-coco-eval": peer_ap}, {"faster-coco-eval": 0.05}),
+    "ap-large": ("AP, 500,000 frames, 666,666 boxes", ap, 8, {}, {}),
     "search": ("first 10 of 66,358 images for 20,079 clips", search, 1, {"products alone": products_alone, "faiss": peer_search},
                {"products alone": 1.25, "faiss": 0.25}),
     "lives": ("rank-k in 110 galleries of 603 images", lives, 1, {}, {}),
     "jpeg": ("40 JPEG of 540 x 960 to a batch, one core", jpeg, 1, {"decode + resize": decode_alone}, {"decode + resize": 1 / 0.85}),
-    "rice": ("RICE, forward + backward, 8 clips of 10 frames", rice_step, 1, {"encoder alone": encoder_alone}, {"encoder alone": 1.15}),
-    "tiny-sd": ("quickstart, 5 steps of SD", stage_step("sd"), 1, {}, {}),
-    "tiny-md": ("quickstart, 5 steps of MD", stage_step("md"), 1, {}, {}),
-    "tiny-rice": ("quickstart, 5 steps of RICE", stage_step("rice"), 1, {}, {}),
+    "rice": ("RICE, forward + backward, 4 clips of 10 frames", rice_step, 1, {"encoder alone": encoder_alone}, {"encoder alone": 1.15}),
+    "processes": ("RICE, a step of the quickstart", processes, 1, {}, {}),
+    "tiny-sd": ("quickstart, 5 steps of SD", five_steps("sd"), 1, {}, {}),
+    "tiny-md": ("quickstart, 5 steps of MD", five_steps("md"), 1, {}, {}),
+    "tiny-rice": ("quickstart, 5 steps of RICE", five_steps("rice"), 1, {}, {}),
 }
 PEERS = ("transformers", "faster-coco-eval", "faiss")
 GROWTH = {"sd": "queries: 300", "md": "frames: 10", "sd-step": "pictures: 2", "match-3": "queries: 300", "ap": "frames: 62,500",
-          "search": "gallery: 66,358", "lives": "lives: 110", "jpeg": "files: 40", "rice": "clips: 8"}
+          "search": "gallery: 66,358", "lives": "lives: 110", "jpeg": "files: 40", "rice": "clips: 4", "processes": "processes: 1"}
 
 
 class Contender:
@@ -447,7 +478,7 @@ def grow(names, repeats):
     return result
 
 
-def profile(folder, steps=40):
+def profile(folder, steps=10):
     """Share of each part of a training step, by torch.profiler, for the stages of the tiny preset."""
     import torch
     import data
@@ -458,8 +489,8 @@ def profile(folder, steps=40):
     from torch.profiler import record_function
     parts = {"pictures": (data, "to_float"), "loss": (detect, "detection_loss"), "forward": (detect.SD, "features"), "TTM": (detect.MD, "temporal"),
              "encoders": (rice.RICE, "forward"), "PMD": (rice.PMD, "forward"), "backward": (torch.Tensor, "backward"),
-             "clipping": (torch.nn.utils, "clip_grad_norm_"), "check": (train, "stop_together"), "logging": (train, "report")}
-    for label, (place, name) in parts.items():
+             "clipping": (torch.nn.utils, "clip_grad_norm_"), "check": (train, "stop_where_not_finite"), "logging": (train, "report")}
+    for label, (place, name) in ((label, part) for label, part in parts.items() if hasattr(*part)):
         def marked(*arguments, _call=getattr(place, name), _label=f"# {label}", **named):
             with record_function(_label):
                 return _call(*arguments, **named)
@@ -496,7 +527,7 @@ def main():
     flags = parser.parse_args()
     if flags.work:
         return work(*json.loads(flags.work))
-    sys.path.insert(0, str(HERE))
+    sys.path.insert(0, flags.before if flags.profile and flags.before else str(HERE))
     import torch
     import torchvision
     names = flags.rows.split(",")

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import default_collate
 from conftest import ROOT, SMALL, golden
 
 import data
@@ -354,8 +356,40 @@ def test_one_bad_weight_stops_the_run_before_it_spreads(run_one, livestreams, tm
     with pytest.raises(SystemExit) as stop:
         train.main(["--stage", "sd", "--data", str(livestreams), "--out", str(tmp_path), *SMALL])
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "step 1, process 0" in error and "weight input_proj.weight" in error and "-16679160" in error
+    assert stop.value.code == 2 and "step 1: " in error and "step 1, process 0" in error and "weight input_proj.weight" in error and "-16679160" in error
     assert not (tmp_path / "sd.pt").exists()
+
+
+class ReadBack(TorchDispatchMode):
+    """Notes every operation for whose outcome the host has to wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        name = function.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype == torch.bool for i in arguments[1])
+        if masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2"):
+            self.seen.append(name)
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_a_step_never_waits_for_the_device(run_one, livestreams, stage):
+    config = train.configure({"data": str(livestreams), "out": str(run_one)} | flags_of(SMALL), stage)
+    model, _, samples, order, collate = train.prepare(config, torch.device("cpu"), None)
+    keys = next(iter(data.StepSampler(order, 4, 1)))
+    batch = (collate or default_collate)([samples[key] for key in keys])
+    optimizer = train.optimizer_of(model.train(), config)
+    train.ready(batch, config, torch.device("cpu"), 0)                       # what is sent to the device once, is there
+    with ReadBack() as host:
+        loss, _ = train.forward_backward(train.Step(model), optimizer, batch, config, torch.device("cpu"), 0, 1)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+        assert host.seen == []
+        float(loss)
+    assert host.seen == ["_local_scalar_dense"]
 
 
 def test_all_processes_stop_together_at_a_bad_weight(run_one, livestreams, tmp_path):
