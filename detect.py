@@ -7,8 +7,9 @@
                     -> logits [B,T,k,K], boxes [B,T,k,4] of each step; the best of the last is the answer              MD
 
 Letters: B images or clips, T frames, N queries (anchors), k queries kept, K classes, L decoder layers, C channels,
-H W pixels, h w feature map, S = h*w memory tokens, M boxes of a frame. Boxes are (cx, cy, w, h) in 0..1 of the picture
-without its padding. Masks are True where there is nothing: padded pixels, padded tokens.
+H W pixels, h w feature map, S = h*w memory tokens, M boxes of a frame, G groups of channels, `heads` of attention.
+Boxes are (cx, cy, w, h) in 0..1 of the picture without its padding. Masks are True where there is nothing: padded pixels,
+padded tokens.
 """
 import math
 
@@ -78,7 +79,8 @@ def attend(query, key, value, heads, padding=None):
 
 
 def attend_by(layer, query, key, value, padding=None):
-    """Attention with the weights of an nn.MultiheadAttention, whose own forward turns batches about and copies them."""
+    """Attention with the weights of an nn.MultiheadAttention, whose own forward turns batches about and copies them:
+    query [B,Q,C], key and value [B,S,C], padding [B,S] -> [B,Q,C]."""
     query, key, value = (F.linear(x, weight, bias) for x, weight, bias in
                          zip((query, key, value), layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3)))  # [B,.,C]
     return layer.out_proj(attend(query, key, value, layer.num_heads, padding))                       # [B,Q,C]

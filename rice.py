@@ -7,8 +7,8 @@
     ASR and title -> text encoder -> one token more for the PMD, and added to the ICL embedding
 
 Letters: B pairs of this process, A pairs of all processes, T frames, S side in pixels, P patches of a picture, W token
-width, D embedding, N text tokens, R tokens of a clip, C candidate clips of an image. Masks called `padding` are True where
-there is nothing; `keep` and `valid` are True where there is something.
+width, D embedding, N text tokens, Q tokens of an image, R tokens of a clip, C candidate clips of an image, `heads` of
+attention. Masks called `padding` are True where there is nothing; `keep` and `valid` are True where there is something.
 """
 import math
 import pickle
@@ -284,7 +284,7 @@ def pmd_loss(score, real=None, product=None):
     score = score.float()
     if real is not None:
         score = score.masked_fill(F.pad(~real, (1, 0), value=False), -math.inf)                  # [B,1+n]
-    return mean_of_pairs(-score.log_softmax(1)[:, 0], product)                                   # [B] -> a number
+    return mean_of_pairs(-score.log_softmax(1)[:, 0], product)
 
 
 # ------------------------------------------------------------------ PFR

@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import multiprocessing.dummy
-import os
 import random
 import resource
 import shutil
