@@ -544,7 +544,7 @@ def image_encoder(model):
     """What `embed` asks for shop images: a batch of an ImageSet -> embedding, tokens, whether it could be read."""
     def encode(batch):
         seen = torch.tensor([not bad for bad in batch["bad"]], device=batch["image"].device)
-        return *model.encode_images(data.to_float(batch["image"], data.CLIP), batch["title"])[:2], seen
+        return *model.encode_images(data.to_float(batch["image"], data.CLIP), batch["title"]), seen
     return encode
 
 
@@ -552,7 +552,7 @@ def clip_encoder(model):
     """The same for clips: a batch of a PairSet -> embedding, tokens, padding, whether a frame could be read."""
     def encode(batch):
         frames = data.to_float(batch["frames"], data.CLIP)
-        return *model.encode_clips(frames, batch["keep"], batch["valid"], batch["asr"])[:3], batch["valid"].any(1)
+        return *model.encode_clips(frames, batch["keep"], batch["valid"], batch["asr"]), batch["valid"].any(1)
     return encode
 
 
@@ -1372,7 +1372,7 @@ def open_shop(folder, titles, model, tokenizer, config, key, device):
     try:
         with np.load(kept) as saved:
             for name, stamp, feature, seen in zip(saved["names"], saved["stamps"], saved["feature"], saved["seen"]):
-                if feature.shape == (config["embedding"],) and feature.dtype == np.float32:
+                if feature.shape == (2 * config["embedding"],) and feature.dtype == np.float32:
                     known[str(name)] = tuple(stamp.tolist()), feature, bool(seen)
     except Exception:                                # none, or a torn one, which raises whatever its bytes lead to:
         pass                                         # it is made again

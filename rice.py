@@ -341,27 +341,32 @@ class RICE(nn.Module):
         return self.logit_scale.exp().clamp(max=100)
 
     def encode_images(self, image, title):
-        """image [B,3,S,S], title [B,N] -> embedding [B,D] of length 1, tokens [B,1+P+1,W]: class, patches, text; and the
-        embedding without text [B,D]."""
+        """image [B,3,S,S], title [B,N] -> embedding [B,2D], tokens [B,1+P+1,W]: class, patches, text."""
         embedding, tokens = self.visual(image)                                                   # [B,D], [B,1+P,W]
-        text, seen = self.text(title), F.normalize(embedding, dim=-1)                            # [B,W], [B,D]
-        embedding = F.normalize(seen + self.text_proj(text), dim=-1)                             # [B,D]
-        return embedding, torch.cat([tokens, text[:, None]], 1), seen                            # [B,D], [B,1+P+1,W], [B,D]
+        text = self.text(title)                                                                  # [B,W]
+        return self.embedding(embedding, text), torch.cat([tokens, text[:, None]], 1)            # [B,2D], [B,1+P+1,W]
 
     def encode_clips(self, frames, keep, valid, asr):
-        """frames [B,T,3,S,S], keep [B,T,P], valid [B,T], asr [B,N] -> embedding [B,D], tokens [B,R,W], padding [B,R]; and
-        the embedding without text [B,D].
+        """frames [B,T,3,S,S], keep [B,T,P], valid [B,T], asr [B,N] -> embedding [B,2D], tokens [B,R,W], padding [B,R].
 
         R = T*(1+P) + 1: each frame's class token and patches, then the text. The embedding is the mean over valid frames.
         """
         B, T = valid.shape
         embedding, tokens = self.visual(frames.flatten(0, 1), keep.flatten(0, 1))                # [B*T,D], [B*T,1+P,W]
         embedding = F.normalize(embedding, dim=-1).view(B, T, -1) * valid[..., None]             # [B,T,D]
-        text, seen = self.text(asr), F.normalize(embedding.sum(1), dim=-1)                       # [B,W], [B,D]
-        embedding = seen + self.text_proj(text)                                                  # [B,D]
+        text = self.text(asr)                                                                    # [B,W]
         tokens = torch.cat([tokens.reshape(B, -1, tokens.shape[-1]), text[:, None]], 1)          # [B,R,W]
         here = (F.pad(keep, (1, 0), value=True) & valid[..., None]).flatten(1)                   # [B,T*(1+P)]
-        return F.normalize(embedding, dim=-1), tokens, F.pad(~here, (0, 1), value=False), seen   # [B,D], [B,R,W], [B,R], [B,D]
+        return self.embedding(embedding.sum(1), text), tokens, F.pad(~here, (0, 1), value=False) # [B,2D], [B,R,W], [B,R]
+
+    def embedding(self, seen, text):
+        """What was seen [B,D] and read [B,W] -> [B,2D] of length 1: one half with the text, one without.
+
+        The product of two is the mean of both cosines. By the first alone, words outweigh what the pictures show.
+        """
+        seen = F.normalize(seen, dim=-1)                                                         # [B,D]
+        read = F.normalize(seen + self.text_proj(text), dim=-1)                                  # [B,D]
+        return torch.cat([read, seen], -1) * math.sqrt(0.5)                                      # [B,2D]
 
     def forward(self, image, title, frames, keep, valid, asr):
         """Both views of B pairs: what encode_images and what encode_clips gives; their embeddings' product is the ranking."""
@@ -373,12 +378,12 @@ class RICE(nn.Module):
         ICL is asked for with and without the text: words would else spare the pictures the learning.
         """
         views = self(*(batch[name] for name in ("image", "title", "frames", "keep", "valid", "asr")))
-        (image, image_tokens, shop_seen), (clip, clip_tokens, padding, clip_seen) = views        # [B,D], [B,Q,W], [B,D], [B,R,W]
-        loss = (icl_loss(clip, image, self.scale(), batch["product"])
-                + icl_loss(clip_seen, shop_seen, self.scale(), batch["product"])) / 2
+        (image, image_tokens), (clip, clip_tokens, padding) = views                              # [B,2D], [B,Q,W], [B,2D], [B,R,W]
+        halves = list(zip(clip.chunk(2, -1), image.chunk(2, -1)))                                # [B,D], [B,D] twice
+        loss = sum(icl_loss(*half, self.scale(), batch["product"]) for half in halves) / 2
         terms = {"icl": loss.detach(), "scale": self.scale().detach()}
         if "pmd" in self.losses:
-            pairs, real = self._candidates(image, clip, batch["product"], batch["seed"])         # [B,1+n], [B,n]
+            pairs, real = self._candidates(*halves[0], batch["product"], batch["seed"])          # [B,1+n], [B,n]
             score, maps = self.pmd(image_tokens, gather(clip_tokens), gather(padding.float()) > 0, pairs)
             pmd = pmd_loss(score, real, batch["product"])
             loss, terms = loss + pmd, terms | {"pmd": pmd.detach()}
@@ -388,10 +393,11 @@ class RICE(nn.Module):
         return loss, terms
 
     @torch.no_grad()
-    def _candidates(self, image, clip, product, seed):
-        """Column 0 the image's own clip, then its negatives from the clips of all processes: [B,1+n] and which are real."""
+    def _candidates(self, clip, image, product, seed):
+        """Column 0 the image's own clip, then its negatives from the clips of all processes: [B,1+n] and which are real [B,n]."""
         with torch.autocast(image.device.type, enabled=False):
-            similarity = self.scale() * image.float() @ gather(clip.float()).T                   # [B,A]
+            clip, image = F.normalize(clip.float(), dim=-1), F.normalize(image.float(), dim=-1)  # [B,D], [B,D]
+            similarity = self.scale() * image @ gather(clip).T                                   # [B,A]
         row, (B, A) = first_row(len(image)), similarity.shape
         noise = gumbel((A, A), seed)[row:row + B].to(image.device, non_blocking=True)   # all rows are drawn, so any layout draws alike
         negatives, real = sample_negatives(similarity, product, gather(product), self.n_neg, self.hard, noise)

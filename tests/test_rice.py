@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 import torch.nn.functional as F
 from conftest import golden
 
@@ -116,10 +117,10 @@ def batch(B=4, T=3, pad=False):
 
 def test_every_parameter_learns_and_shapes_hold():
     m, b = model(), batch()
-    embedding, tokens, seen = m.encode_images(b["image"], b["title"])
-    assert embedding.shape == seen.shape == (4, 24) and tokens.shape == (4, 1 + 9 + 1, 32)
-    embedding, tokens, padding, seen = m.encode_clips(b["frames"], b["keep"], b["valid"], b["asr"])
-    assert embedding.shape == seen.shape == (4, 24) and tokens.shape == (4, 3 * 10 + 1, 32) and padding.shape == (4, 31)
+    embedding, tokens = m.encode_images(b["image"], b["title"])
+    assert embedding.shape == (4, 48) and tokens.shape == (4, 1 + 9 + 1, 32)
+    embedding, tokens, padding = m.encode_clips(b["frames"], b["keep"], b["valid"], b["asr"])
+    assert embedding.shape == (4, 48) and tokens.shape == (4, 3 * 10 + 1, 32) and padding.shape == (4, 31)
     loss, terms = m.loss(b)
     loss.backward()
     assert set(terms) == {"icl", "pmd", "pfr", "scale"}
@@ -144,6 +145,10 @@ def test_text_starts_silent_and_the_masked_patches_are_not_seen():
     m, b = model(), batch()
     other = b | {"title": torch.tensor([[1, 9, 9, 9, 9]]).repeat(4, 1)}
     assert torch.equal(m.encode_images(b["image"], b["title"])[0], m.encode_images(b["image"], other["title"])[0])
+    nn.init.normal_(m.text_proj.weight)                             # words count in one half of the embedding alone
+    (read, seen), (read_other, seen_other) = (m.encode_images(b["image"], t)[0].chunk(2, -1) for t in (b["title"], other["title"]))
+    assert torch.equal(seen, seen_other) and not torch.allclose(read, read_other)
+    torch.testing.assert_close(torch.cat([read, seen], -1).norm(dim=-1), torch.ones(4))
     vit = ViT(32, 1, 2, 16, 48, 24).eval()
     keep = torch.zeros(1, 9, dtype=torch.bool)
     keep[0, 4] = True
