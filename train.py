@@ -6,8 +6,12 @@
     python train.py --overfit 8                                    eight clips by heart: can it learn at all?
     torchrun --nproc_per_node 8 train.py --preset paper --data LPR4M --stage sd --init dab_detr_r50.pth
 
-Data flow:  configuration -> prepare(stage): model, samples, order -> the loop -> RUN/STAGE.pt, RUN/STAGE.jsonl
-            -> eval.evaluate -> RUN/results.json.  A run that was stopped goes on where it stood, by the same command.
+    flags -> configure -> Config -> prepare(stage): model, samples, order
+          -> the loop: batch -> loss -> gradient -> AdamW -> RUN/STAGE.jsonl, RUN/STAGE.pt -> eval.evaluate -> RUN/results.json
+    A run that was stopped goes on where it stood, by the same command.
+
+The file: configuration; what differs between the stages; a step; the loop; then what a long run needs besides: stopping
+and going on, public weights, which checkpoints are sound, the command. B counts a process's samples, as in the models.
 """
 import argparse
 import contextlib
@@ -42,41 +46,41 @@ from data import BadInput
 
 def option(default, group, text, low=None):
     """A field of Config with its flag's group and help; numbers below `low` (1 for whole numbers, else 0) are refused."""
-    return field(default=default, metadata={"group": group, "help": text, "low": low if low is not None else int(isinstance(default, int))})
+    low = int(isinstance(default, int)) if low is None else low
+    return field(default=default, metadata={"group": group, "help": text, "low": low})
 
 
 @dataclass
 class Config:
     """Everything that decides a run of one stage; the defaults are the paper's where it gives a value."""
     stage: str = option("sd", "run", "sd, md, rice, or all of them in this order")
-    preset: str = option("tiny", "run", "tiny: the quickstart, two CPU cores; small: 34 categories, a GPU for an hour; paper: "
-                         "the supplement's recipe")
-    data: str = option("runs/livestreams", "run", "data folder in the LPR4M layout; the default ones are rendered when absent")
-    out: str = option("", "run", "run folder: checkpoints, logs, pictures (default: runs/PRESET)")
-    detectors: str = option("", "run", "run folder of the sd.pt and md.pt that a later stage goes on from (default: --out)")
-    overfit: int = option(0, "run", "train on this many clips without augmentation and evaluate on them: can it learn at all?", low=0)
+    preset: str = option("tiny", "run", "tiny: the quickstart; small: 34 categories, a GPU for an hour; paper: the recipe")
+    data: str = option("runs/livestreams", "run", "data folder in LPR4M's layout; the default ones are rendered")
+    out: str = option("", "run", "run folder: checkpoints, logs, pictures; default: runs/PRESET")
+    detectors: str = option("", "run", "run folder of the sd.pt and md.pt that a later stage needs; default: --out")
+    overfit: int = option(0, "run", "learn this many clips by heart and evaluate on them: can it learn at all?", low=0)
     seed: int = option(0, "run", "decides initialisation, order, augmentation and negatives", low=0)
-    init: str = option("", "run", "public weights to start from: a DAB-DETR or ResNet checkpoint (sd), CLIP's (rice)")
+    init: str = option("", "run", "public weights to start from: DAB-DETR's or a ResNet's (sd), CLIP's (rice)")
     workers: int = option(8, "run", "processes that load pictures, for each training process", low=0)
     save_every: int = option(1000, "run", "steps between checkpoints")
     log_every: int = option(50, "run", "steps between lines of the log")
-    eval_every: int = option(0, "run", "steps between evaluations on the val lives, AP50 or R1; keeps the best, too; 0: none", low=0)
+    eval_every: int = option(0, "run", "steps between evaluations on the val lives; keeps the best, too; 0: none", low=0)
 
     precision: str = option("float32", "optimisation", "float32, or bf16: autocast, with matching and losses in float32")
     steps: int = option(0, "optimisation", "training steps; 0: as many as --epochs makes", low=0)
     epochs: float = option(20.0, "optimisation", "passes over the samples (frames for sd, clips for md and rice)")
     batch: int = option(64, "optimisation", "samples a step over all processes: frames (sd), clips (md, rice)")
-    accum: int = option(1, "optimisation", "parts a process works through a step's batch in, to save memory; ICL then sees its part only")
+    accum: int = option(1, "optimisation", "parts of a step's batch, one after the other, to save memory; ICL sees one")
     lr: float = option(1e-4, "optimisation", "peak learning rate")
     backbone_lr: float = option(1e-5, "optimisation", "the same for SD's backbone and RICE's image encoder")
     weight_decay: float = option(1e-4, "optimisation", "AdamW's weight decay")
     clip_norm: float = option(0.1, "optimisation", "gradients longer than this are shortened to it")
     warmup: int = option(0, "optimisation", "steps over which the learning rate rises", low=0)
-    schedule: str = option("drop", "optimisation", "drop: x0.1 after --drop of the steps; cosine: from there to 0 along a cosine")
-    drop: float = option(0.75, "optimisation", "share of the steps at the peak learning rate (the paper: 15 of 20 epochs)")
+    schedule: str = option("drop", "optimisation", "after --drop of the steps; drop: x0.1; cosine: to 0 along a cosine")
+    drop: float = option(0.75, "optimisation", "share of the steps at the peak learning rate; the paper: 15 of 20 epochs")
 
     frames: int = option(10, "pictures", "frames of a clip, at even intervals (md, rice)")
-    shortest: str = option("480,800,32", "pictures", "shortest side for a detector, pixels: lowest, highest, step; drawn in training")
+    shortest: str = option("480,800,32", "pictures", "shortest side, pixels: lowest, highest, step; drawn in training")
     longest: int = option(1333, "pictures", "limit of the longest side, pixels")
 
     backbone: str = option("resnet50", "detectors", "resnet50 or another torchvision ResNet; small: stride 8, from nothing")
@@ -86,20 +90,20 @@ class Config:
     decoder_layers: int = option(6, "detectors", "decoder layers")
     ffn: int = option(2048, "detectors", "width of the feed-forward nets")
     queries: int = option(300, "detectors", "anchor boxes")
-    dense: float = option(0.0, "detectors", "weight of the loss by which memory tokens tell the category; 0: none (the paper)")
+    dense: float = option(0.0, "detectors", "weight of the losses on memory tokens and queries; 0: none, as the paper")
     keep: str = option("80,50,30", "detectors", "queries of a frame that each step of the TTM keeps")
 
-    boxes: str = option("md", "rice", "whose boxes RICE sees clips through: md, sd, true (the annotation's) or none")
-    view: str = option("box", "rice", "box: the square around the box; mask: only patches the box touches; frame: whole frames")
+    boxes: str = option("md", "rice", "boxes a clip is seen through: md, sd, true (the annotation's), none")
+    view: str = option("box", "rice", "box: a square around it; mask: the patches it touches; frame: whole frames")
     train_frames: int = option(10, "rice", "frames drawn from a clip in training")
-    per_live: int = option(8, "rice", "clips of one live that stand together in a batch: negatives from the same shop")
+    per_live: int = option(8, "rice", "clips of one live side by side in a batch: negatives from the same shop")
     width: int = option(768, "rice", "token width of the image encoder")
     layers: int = option(12, "rice", "its layers")
     vit_heads: int = option(12, "rice", "its attention heads")
-    patch: int = option(32, "rice", "pixels of a patch; 0: tokens of 16 pixels from a few convolution blocks", low=0)
+    patch: int = option(32, "rice", "pixels of a patch; 0: tokens of 16 pixels from convolutions", low=0)
     size: int = option(224, "rice", "side of its pictures, pixels")
     embedding: int = option(512, "rice", "length of the ICL embedding")
-    text: str = option("both", "rice", "texts that are read: asr (the clip's), title (the image's), both or none")
+    text: str = option("both", "rice", "texts that are read: asr (the clip's), title (the image's), both, none")
     losses: str = option("icl,pmd,pfr", "rice", "which losses: icl[,pmd[,pfr]]")
     n_neg: int = option(3, "rice", "negative clips of an image in the PMD")
     negatives: str = option("hard", "rice", "hard: drawn by ICL similarity; rand: drawn evenly")
@@ -117,20 +121,20 @@ PRESETS = {
                 "encoder_layers": 1, "decoder_layers": 3, "ffn": 256, "queries": 16, "dense": 1.0, "keep": "12,8,4"},
         "sd": {"steps": 800, "batch": 32, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 50},
         "md": {"steps": 440, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
-        "rice": {"steps": 350, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1, "weight_decay": 0.05,
-                 "clip_norm": 5.0, "train_frames": 3, "per_live": 24, "width": 128, "layers": 2, "vit_heads": 4, "patch": 0,
-                 "size": 64, "embedding": 128}},
+        "rice": {"steps": 350, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1,
+                 "weight_decay": 0.05, "clip_norm": 5.0, "train_frames": 3, "per_live": 24, "width": 128, "layers": 2,
+                 "vit_heads": 4, "patch": 0, "size": 64, "embedding": 128}},
     "small": {
-        "all": {"data": "runs/livestreams-small", "schedule": "cosine", "drop": 0.5, "clip_norm": 1.0, "shortest": "128,160,16",
-                "longest": 320, "backbone": "small", "dim": 192, "heads": 6, "encoder_layers": 2, "decoder_layers": 4, "ffn": 768,
-                "queries": 25, "dense": 1.0, "keep": "15,10,5"},
+        "all": {"data": "runs/livestreams-small", "schedule": "cosine", "drop": 0.5, "clip_norm": 1.0,
+                "shortest": "128,160,16", "longest": 320, "backbone": "small", "dim": 192, "heads": 6, "encoder_layers": 2,
+                "decoder_layers": 4, "ffn": 768, "queries": 25, "dense": 1.0, "keep": "15,10,5"},
         "sd": {"steps": 10000, "batch": 64, "lr": 7e-4, "backbone_lr": 7e-4, "warmup": 300},
         "md": {"steps": 3000, "batch": 16, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 100},
-        "rice": {"steps": 4000, "batch": 128, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 200, "drop": 0.1, "weight_decay": 0.05,
-                 "clip_norm": 5.0, "train_frames": 4, "per_live": 25, "width": 256, "layers": 4, "vit_heads": 4, "patch": 0,
-                 "size": 96, "embedding": 256}},
+        "rice": {"steps": 4000, "batch": 128, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 200, "drop": 0.1,
+                 "weight_decay": 0.05, "clip_norm": 5.0, "train_frames": 4, "per_live": 25, "width": 256, "layers": 4,
+                 "vit_heads": 4, "patch": 0, "size": 96, "embedding": 256}},
 }
-# With --overfit: enough steps at a steady rate for a handful of clips; whatever the preset's model, it has to learn them.
+# With --overfit: enough steps for a handful of clips; whatever the preset's model, it has to learn them.
 OVERFIT = {"sd": {"steps": 240, "batch": 16}, "md": {"steps": 120, "batch": 8}, "rice": {"steps": 60, "batch": 8}}
 STAGES = ("sd", "md", "rice")
 CHOICES = {"boxes": ("md", "sd", "true", "none"), "view": ("box", "mask", "frame"), "schedule": ("drop", "cosine"),
@@ -156,15 +160,18 @@ def configure(given, stage):
         if isinstance(value, (int, float)) and not low <= value < 2 ** 31:
             raise BadInput(f"{flag(item.name)} {value}: expected {low} or more{', and finite' if value > low else ''}")
     for name, count in (("shortest", 3), ("keep", None)):
-        numbers = getattr(config, name).split(",")
-        if not all(n.isdecimal() and len(n) < 7 and int(n) > 0 for n in numbers) or len(numbers) != (count or len(numbers)):
-            raise BadInput(f"--{name} {getattr(config, name)[:60]}: expected {count or 'one or more'} whole numbers and commas between")
+        given_list = getattr(config, name)
+        numbers = given_list.split(",")
+        whole = all(n.isdecimal() and len(n) < 7 and int(n) > 0 for n in numbers)
+        if not whole or len(numbers) != (count or len(numbers)):
+            raise BadInput(f"--{name} {given_list[:60]}: expected {count or 'one or more'} whole numbers and commas between")
         setattr(config, name, [int(n) for n in numbers])
     checks = [(config.shortest[0] <= config.shortest[1], "--shortest: the lowest comes before the highest"),
               (config.drop <= 1, "--drop is a share, 0 to 1"),
               (config.dim % (4 * config.heads) == 0, "--dim must be a multiple of 4 x --heads"),
               (config.decoder_layers > 1, "--decoder-layers: expected 2 or more"),
-              (given.get("view") in (None, "frame") or config.boxes != "none", f"--view {config.view} needs --boxes md, sd or true")]
+              (given.get("view") in (None, "frame") or config.boxes != "none",
+               f"--view {config.view} needs --boxes md, sd or true")]
     if stage == "rice":
         checks += [(config.width % config.vit_heads == 0, "--width must be a multiple of --vit-heads"),
                    (config.width % 8 == 0, "--width must be a multiple of 8"),
@@ -181,83 +188,25 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
-# What eval.py reads of a checkpoint's configuration and has no default for.
-NEEDED = ("stage data seed steps workers frames shortest longest backbone dim heads encoder_layers decoder_layers ffn queries dense keep "
-          "boxes view text width layers vit_heads patch size embedding losses n_neg negatives rerank").split()
-
-
-def unsound(checkpoint):
-    """What is wrong with a checkpoint's parts, "" when nothing is: a configuration that `configure` allows, and finite weights
-    of the names and shapes that it asks for. A RICE's detector is held against the same rules."""
-    try:
-        config, weights, kinds = checkpoint["config"], checkpoint["model"], {f.name: type(f.default) for f in dataclasses.fields(Config)}
-        lists = {name: ",".join(map(str, config[name])) for name in ("shortest", "keep")}
-        given = {name: value for name, value in (config | lists).items() if name in kinds}
-        wrong = [name for name in NEEDED if name not in given]
-        wrong += [name for name, value in given.items() if type(value) not in ((float, int) if kinds[name] is float else (kinds[name],))]
-        if wrong or config["stage"] not in STAGES:
-            return f"its configuration has no {', '.join(wrong) or 'stage'} that it can be"
-        configure(given, config["stage"])
-        if not all(type(raw) is int and type(name) is str for raw, name in checkpoint["categories"].items()):
-            return "categories: expected {number: name}"
-        if not 0 <= checkpoint.get("step", 0) <= config["steps"] or not isinstance(checkpoint.get("best", 0.0), (int, float)):
-            return f"step: expected 0 to {config['steps']}"
-        vocabulary = data.Tokenizer(checkpoint["tokenizer"].numpy().tobytes()).vocab if config["stage"] == "rice" else None
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):             # shapes only: no memory, no random numbers
-            shapes = {name: value.shape for name, value in evaluation.build(config, len(checkpoint["categories"]), vocabulary).state_dict().items()}
-        wrong = [name for name in shapes.keys() | weights.keys() if name not in shapes or name not in weights or weights[name].shape != shapes[name]]
-        wrong = wrong or [name for name, value in weights.items() if not np.isfinite(value.numpy()).all()]
-        if wrong:
-            return f"weights that do not fit its configuration or are not finite: {min(wrong)}, {len(wrong)} in all"
-        return unsound(checkpoint["detector"]) if "detector" in checkpoint else ""
-    except Exception as error:                          # a part of another kind raises whatever it leads to
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
-
-
-def learning_rate(step, config):
-    """Factor on the peak learning rate, a pure function of the step."""
-    done = step / config.steps
-    rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    if done < config.drop:
-        return rise
-    if config.schedule == "drop":
-        return rise * 0.1
-    return rise * 0.5 * (1 + math.cos(math.pi * (done - config.drop) / (1 - config.drop)))
-
-
 # ------------------------------------------------------------------ what differs between the stages
 
 
 def prepare(config, device, saved):
-    """-> model, what its checkpoint holds besides, samples, order of an epoch, collate; the rest of train.py is the same.
+    """-> model, what its checkpoint holds besides, samples, order of an epoch, collate; all the rest is the same.
 
     saved: the checkpoint of this stage that the run goes on from, or None.
     """
-    lives, augment = data.Lives(config.data, "train"), not config.overfit
+    lives = data.Lives(config.data, "train")
     lives = lives.few(config.overfit) if config.overfit else lives
-    if config.stage == "rice":
-        if saved:
-            vocabulary = bytes(saved["tokenizer"].tolist())
-        else:
-            clips = map(lives.clip_or_none, range(0, len(lives), max(1, len(lives) // 200_000)))
-            vocabulary = data.train_tokenizer(text for clip in clips if clip for text in (clip.title, clip.asr))
-        tokenizer = data.Tokenizer(vocabulary)
-        model = evaluation.build(vars(config), len(lives.categories), tokenizer.vocab)
-        kept, boxes = {"categories": lives.categories, "tokenizer": torch.tensor(list(vocabulary), dtype=torch.uint8)}, None
-        if config.boxes == "true":
-            boxes = data.true_boxes(lives)
-        elif config.boxes != "none":
-            detector = finished(config, config.boxes)
-            kept["base"] = evaluation.fingerprint(detector)
-            kept["detector"] = {name: detector[name] for name in ("config", "categories", "model")}
-            found = evaluation.predicted_boxes(detector, lives, config.detectors, device, every_frame=False)
-            boxes = evaluation.seen_through(found, config.boxes, len(lives))
-        samples = data.PairSet(lives, tokenizer, config.train_frames, config.size, model.visual.grid, config.view, boxes,
-                               True, config.seed, config.text, augment)
-        return model, kept, samples, data.live_by_live(lives.live[samples.clips], config.per_live), None
-    kept = {"categories": lives.categories}
-    if config.stage == "md":
-        base = finished(config, "sd")
+    return (prepare_rice if config.stage == "rice" else prepare_detector)(config, lives, device, saved)
+
+
+def prepare_detector(config, lives, device, saved):
+    """SD on single frames, or MD on clips with the SD of the same run folder in it."""
+    if not lives.categories:
+        raise BadInput(f"{config.data}: no training row names a category (columns 6 and 7); one category is enough")
+    kept, base = {"categories": lives.categories}, finished(config, "sd") if config.stage == "md" else None
+    if base:
         if base["categories"] != lives.categories:
             raise BadInput(f"{config.detectors}/sd.pt knows the categories {str(base['categories'])[:200]}, "
                            f"{config.data} has {str(lives.categories)[:200]}")
@@ -265,26 +214,46 @@ def prepare(config, device, saved):
         for name in ("backbone", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "queries", "dense"):
             setattr(config, name, base["config"][name])
         kept["base"] = evaluation.fingerprint(base)
-    if not lives.categories:
-        raise BadInput(f"{config.data}: no training row names a category (columns 6 and 7); one category is enough")
     model = evaluation.build(vars(config), len(lives.categories), None)
-    if config.stage == "md":
+    if base:
         model.sd.load_state_dict(base["model"])
-    samples = data.DetectionSet(lives, lives.categories, config.frames if config.stage == "md" else 1, config.shortest,
-                                config.longest, True, config.seed, augment=augment)
+    samples = data.DetectionSet(lives, lives.categories, config.frames if base else 1, config.shortest, config.longest,
+                                True, config.seed, augment=not config.overfit)
     return model, kept, samples, data.shuffled(len(samples)), data.collate_detection
 
 
+def prepare_rice(config, lives, device, saved):
+    """RICE on clips with their shop images, through the boxes of the detector of the same run folder."""
+    if saved:
+        vocabulary = bytes(saved["tokenizer"].tolist())
+    else:
+        clips = map(lives.clip_or_none, range(0, len(lives), max(1, len(lives) // 200_000)))
+        vocabulary = data.train_tokenizer(text for clip in clips if clip for text in (clip.title, clip.asr))
+    tokenizer = data.Tokenizer(vocabulary)
+    model = evaluation.build(vars(config), len(lives.categories), tokenizer.vocab)
+    kept = {"categories": lives.categories, "tokenizer": torch.tensor(list(vocabulary), dtype=torch.uint8)}
+    boxes = data.true_boxes(lives) if config.boxes == "true" else None
+    if config.boxes in ("sd", "md"):
+        detector = finished(config, config.boxes)
+        kept["base"] = evaluation.fingerprint(detector)
+        kept["detector"] = {name: detector[name] for name in ("config", "categories", "model")}
+        found = evaluation.predicted_boxes(detector, lives, config.detectors, device, every_frame=False)
+        boxes = evaluation.seen_through(found, config.boxes, len(lives))
+    samples = data.PairSet(lives, tokenizer, config.train_frames, config.size, model.visual.grid, config.view, boxes,
+                           True, config.seed, config.text, augment=not config.overfit)
+    return model, kept, samples, data.live_by_live(lives.live[samples.clips], config.per_live), None
+
+
 def finished(config, stage):
-    """The checkpoint of an earlier stage of this run folder, complete."""
-    checkpoint = evaluation.read_checkpoint(f"{config.detectors}/{stage}.pt")
+    """The checkpoint of an earlier stage, at its last step."""
+    path = f"{config.detectors}/{stage}.pt"
+    checkpoint = evaluation.read_checkpoint(path)
     saved = checkpoint["config"]
     if saved["stage"] != stage:
-        raise BadInput(f"{config.detectors}/{stage}.pt holds stage {saved['stage']}, not {stage}; "
-                       f"train it with `python train.py --stage {stage}`")
+        raise BadInput(f"{path} holds stage {saved['stage']}, not {stage}; train it with `python train.py --stage {stage}`")
     if checkpoint["step"] < saved["steps"]:
-        raise BadInput(f"{config.detectors}/{stage}.pt stands at step {checkpoint['step']} of {saved['steps']}; "
-                       f"finish it with `python train.py --stage {stage} --preset {config.preset} --out {config.detectors}`")
+        raise BadInput(f"{path} stands at step {checkpoint['step']} of {saved['steps']}; finish it with "
+                       f"`python train.py --stage {stage} --preset {config.preset} --out {config.detectors}`")
     return checkpoint
 
 
@@ -297,57 +266,7 @@ def ready(batch, config, device, step):
     return batch | {"frames": data.to_float(batch["frames"], data.IMAGENET, batch["padding"])}
 
 
-def start_from(model, path):
-    """Public weights by name and shape; the class head may differ and is then left as initialised, nothing else may.
-
-    A whole DAB-DETR checkpoint ({"model": ...}, with or without "module."), a torchvision ResNet for its backbone, or
-    CLIP for RICE's image encoder: a state dict, or OpenAI's TorchScript archive. Kept in float32.
-    -> one line that says what was loaded; position embeddings of another picture size are interpolated, and it says so.
-    """
-    state, said = read_weights(path), ""
-    own, place = model.state_dict(), ""
-    if "layer4.0.conv1.weight" in state:
-        place, state = "backbone.0.body.", {key: value for key, value in state.items() if not key.startswith("fc.")}
-    elif hasattr(model, "visual"):
-        place = "visual."
-        state = {key.removeprefix(place): value for key, value in state.items() if key.startswith(place)}
-        positions, grid = state.get("positional_embedding"), model.visual.grid
-        if positions is not None and positions.dim() == 2 and math.isqrt(len(positions) - 1) ** 2 + 1 == len(positions) != 1 + grid ** 2:
-            state["positional_embedding"] = rice.fit_positions(positions, grid)
-            said = f"; position embeddings interpolated from {len(positions) - 1} to {grid ** 2} patches"
-    unused = [key for key in state if key.endswith("num_batches_tracked")]
-    state = {place + key: value for key, value in state.items() if key not in unused}
-    # The decoder's box head is the model's own under a second name, which a checkpoint may leave out.
-    own = {key: value for key, value in own.items()
-           if key.startswith(place) and (key in state or not key.startswith("transformer.decoder.bbox_embed."))}
-    shapes = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
-    new = {key for key in shapes if key.startswith("class_embed.")}
-    wrong = {"missing": own.keys() - state.keys(), "left over": state.keys() - own.keys(), "of another shape": shapes - new}
-    if any(wrong.values()):
-        raise BadInput(f"{path}: " + "; ".join(f"{text}: {', '.join(sorted(keys)[:8])}" for text, keys in wrong.items() if keys))
-    model.load_state_dict({key: value for key, value in state.items() if key not in new}, strict=False)
-    return f"{path}: loaded {len(own) - len(new)}, re-initialised {', '.join(sorted(new)) or 'none'}, unused {len(unused)}{said}"
-
-
-def read_weights(path):
-    """The tensors of a weights file by name, in float32; nothing in the file is run."""
-    if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file")
-    try:
-        return {key: value.float() for key, value in rice.read_torchscript(path).items()}
-    except (zipfile.BadZipFile, KeyError, IndexError):
-        pass                                                                  # no TorchScript archive: a state dict, then
-    except Exception as error:             # pickle raises whatever the bytes lead it to
-        raise BadInput(f"{path}: not a TorchScript archive of weights ({type(error).__name__})") from None
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):          # DETR's checkpoints hold their flags too
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        return {key.removeprefix("module."): value.float() for key, value in state.get("model", state).items()}
-    except Exception as error:
-        raise BadInput(f"{path}: not a state dict of tensors ({type(error).__name__})") from None
-
-
-# ------------------------------------------------------------------ the loop
+# ------------------------------------------------------------------ a step
 
 
 class Step(nn.Module):
@@ -361,126 +280,6 @@ class Step(nn.Module):
         return self.model.loss(batch)
 
 
-def train(config, rank, world, device):
-    """Train one stage to its last step, from its checkpoint if it has one; returns False when it was complete already."""
-    path, log = Path(config.out) / f"{config.stage}.pt", Path(config.out) / f"{config.stage}.jsonl"
-    data.output_folder(config.out)
-    torch.manual_seed(config.seed)
-    saved = evaluation.read_checkpoint(path) if path.exists() else None
-    if saved and saved["config"]["stage"] != config.stage:
-        raise BadInput(f"{path} holds stage {saved['config']['stage']}, not {config.stage}; remove it, or give --out for a new run")
-    if saved and complete(config, saved, path):
-        return False
-    if config.eval_every:
-        data.Lives(config.data, "val")                                            # tells now what is missing, not hours later
-    model, kept, samples, order, collate = prepare(config, device, saved)
-    config.steps = config.steps or max(1, int(config.epochs * len(samples) / config.batch))
-    if config.batch % (world * config.accum):
-        raise BadInput(f"--batch {config.batch} is that of all processes together; it must be a multiple of their number, {world}, "
-                       f"times --accum {config.accum}")
-    if saved:
-        changed = differences(config, saved["config"])
-        changed += [name for name in ("categories", "base") if saved.get(name) != kept.get(name)]
-        if changed:
-            raise BadInput(f"{path} was made with another configuration or on other data ({', '.join(changed)}); "
-                           "give --out for a new run, or remove the file")
-        if rank == 0:
-            print(f"{path}: goes on from step {saved['step']} of {config.steps}",
-                  *differences(config, saved["config"], harmless=True), sep="; ")
-    if config.init and not saved:
-        said = start_from(model, config.init)
-        if rank == 0:
-            print(said)
-    model.to(device).train()
-    optimizer = optimizer_of(model, config)
-    start, kept["best"], kept["versions"] = 0, -1.0, {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
-    if saved:
-        model.load_state_dict(saved["model"])
-        try:
-            optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": optimizer.state_dict()["param_groups"]})
-            fits = all(state[name].shape == p.shape for p, state in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq"))
-        except Exception:                              # whatever its bytes lead to
-            fits = False
-        if not fits:
-            raise BadInput(f"{path}: the optimizer's state does not fit the weights; remove it, and the stage is trained anew")
-        start, kept["best"] = saved["step"], saved.get("best", -1.0)
-    if rank == 0:                                      # without lines that a stopped run wrote after its last checkpoint
-        lines = log.read_bytes().splitlines(True) if saved and log.exists() else []
-        steps = [step_of(line) for line in lines]
-        if math.inf in steps[:-1]:
-            raise BadInput(f"{log}:{steps.index(math.inf) + 1}: not a line of the log, {{\"step\": ...}}; remove it, or the file")
-        with data.whole(log) as part:
-            Path(part).write_bytes(b"".join(line for line, step in zip(lines, steps) if step <= start))
-    wrapped, bad = Step(model), {}                                                # bad: clip -> why it cannot be read
-    wrong = torch.tensor(math.inf, device=device)                                 # first step whose loss or gradient is not finite
-    if world > 1:
-        wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None)
-    sampler = data.StepSampler(order, config.batch, config.steps, start, config.seed, rank, world)
-    batches = DataLoader(samples, batch_sampler=sampler, num_workers=config.workers, collate_fn=collate,
-                         pin_memory=device.type == "cuda", worker_init_fn=deaf)
-
-    def state(step):
-        return {"config": vars(config), "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()} | kept
-
-    with Signals() as signals, tqdm(total=config.steps * config.batch, initial=start * config.batch, desc=f"train {config.stage}",
-                                    unit="frame" if config.stage == "sd" else "clip", mininterval=1, disable=rank > 0) as bar:
-        for step, batch in enumerate(batches, start):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * learning_rate(step, config)
-            loss, terms = forward_backward(wrapped, optimizer, batch, config, device, step, world)
-            norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
-            wrong = wrong.where(torch.stack([loss, norm]).isfinite().all(), wrong.clamp(max=step + 1))
-            broken, stop = heard_by_all(batch, signals, world)
-            for clip, reason in broken:
-                bad.setdefault(clip, reason)
-            if len(bad) > 0.01 * len(samples.lives):
-                raise BadInput(f"{config.data}: {len(bad)} of {len(samples.lives)} clips cannot be read, more than 1 %; `python data.py "
-                               f"check {config.data}` lists them all; the first: {'; '.join(list(bad.values())[:10])}")
-            last = step + 1 == config.steps
-            log_it, save_it, judge_it = (every and ((step + 1) % every == 0 or last)
-                                         for every in (config.log_every, config.save_every, config.eval_every))
-            if log_it or save_it or judge_it or stop or step == start:             # else nothing waits for the device
-                stop_where_not_finite(wrong, loss, terms, norm, model, step, batch, samples.lives, rank, world)
-            optimizer.step()
-            bar.update(config.batch)
-            if log_it:
-                line = report(loss, terms, norm, world)
-                shown = {name: f"{value:.3g}" for name, value in line.items() if name != "norm"}
-                bar.set_postfix(shown | ({"bad": len(bad)} if bad else {}))
-                if rank == 0:
-                    write_line(log, {"step": step + 1, "lr": config.lr * learning_rate(step, config)} | line)
-            if judge_it:
-                value = evaluation.validate(model, state(step + 1), config.detectors, device)
-                kept["best"], before = max(kept["best"], *value.values()), kept["best"]
-                if rank == 0:
-                    minutes = bar.format_dict["elapsed"] / 60
-                    tqdm.write(f"{config.stage}, step {step + 1} of {config.steps}, {minutes:.1f} minutes: val {value}")
-                    write_line(log, {"step": step + 1} | value)
-                    if kept["best"] > before:
-                        save(path.with_name(f"{config.stage}-best.pt"), state(step + 1))
-            if (save_it or stop) and rank == 0:
-                save(path, state(step + 1))
-            if stop:
-                raise Stopped(f"{path} holds step {step + 1} of {config.steps}", signals.code())
-    if bad and rank == 0:
-        print(f"{config.stage}: {len(bad)} of {len(samples.lives)} clips could not be read and were skipped; "
-              f"the first: {next(iter(bad.values()))}")
-    if world > 1:
-        dist.barrier()
-    return True
-
-
-def complete(config, saved, path):
-    """Whether a checkpoint is that of this very run's last step; BadInput when it was trained on a detector that is gone."""
-    if saved["step"] != saved["config"]["steps"] or differences(config, saved["config"]):
-        return False
-    base = Path(config.detectors) / ("sd.pt" if config.stage == "md" else f"{config.boxes}.pt")
-    if "base" in saved and base.exists() and evaluation.fingerprint(evaluation.read_checkpoint(base)) != saved["base"]:
-        raise BadInput(f"{path} was trained on another {base.name} than the one that is there now; "
-                       "remove it, or give --out for a new run")
-    return True
-
-
 def optimizer_of(model, config):
     """AdamW; the backbone (SD) and the image encoder (RICE) have a learning rate of their own."""
     groups = {True: [], False: []}
@@ -491,26 +290,37 @@ def optimizer_of(model, config):
     return torch.optim.AdamW(rates, weight_decay=config.weight_decay, fused=True)
 
 
-def forward_backward(wrapped, optimizer, batch, config, device, step, world):
+def learning_rate(step, config):
+    """Factor on the peak learning rate, a pure function of the step."""
+    done = step / config.steps
+    rise = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    if done < config.drop:
+        return rise
+    if config.schedule == "drop":
+        return rise * 0.1
+    return rise * 0.5 * (1 + math.cos(math.pi * (done - config.drop) / (1 - config.drop)))
+
+
+def forward_backward(wrapped, optimizer, batch, config, device, step):
     """The gradient of one step's batch, in --accum parts one after the other; -> loss and terms.
 
-    A detector's loss is a sum over boxes divided by their number in the part, on all processes; times that number over the
-    whole batch's it adds up to the loss of the batch at once. (The auxiliary losses of --dense have counts of their own, so
-    there it is near, not equal.) ICL and the PMD meet only the clips of their part: the gradient is the mean over smaller
-    batches with fewer negatives, which is another loss. What is kept is memory and the number of steps.
+    A detector's loss is a sum over boxes divided by their number in the part, on all processes; times that number over
+    the whole batch's it adds up to the loss of the batch at once. (The auxiliary losses of --dense have counts of their
+    own, so there it is near, not equal.) ICL and the PMD meet only the clips of their part: the gradient is the mean
+    over smaller batches with fewer negatives, which is another loss.
     """
     optimizer.zero_grad()
-    parts = [{name: value[part] for name, value in batch.items()} for part in slices(len(batch["clip"]), config.accum)]
+    cuts = [len(batch["clip"]) * n // config.accum for n in range(config.accum + 1)]
+    parts = [{name: value[low:high] for name, value in batch.items()} for low, high in zip(cuts, cuts[1:])]
     share = [1.0]
     if config.accum > 1:
-        count = torch.tensor([int((part["labels"] >= 0).sum()) if "labels" in part else 1 for part in parts], dtype=torch.float32)
-        if world > 1:
-            dist.all_reduce(count)
+        counts = [int((part["labels"] >= 0).sum()) if "labels" in part else 1 for part in parts]
+        count = over_all(torch.tensor(counts, dtype=torch.float32))
         share = (count.clamp(min=1) / count.sum().clamp(min=1)).tolist()
     total, sums = 0.0, {}
     for n, part in enumerate(parts):
-        alone = n + 1 < len(parts) and world > 1                                 # gradients meet once, after the last part
-        with wrapped.no_sync() if alone else contextlib.nullcontext():
+        more = n + 1 < len(parts) and isinstance(wrapped, DistributedDataParallel)
+        with wrapped.no_sync() if more else contextlib.nullcontext():            # gradients meet once, at the last part
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms = wrapped(ready(part, config, device, step * config.accum + n))
                 loss = loss * share[n]
@@ -520,9 +330,146 @@ def forward_backward(wrapped, optimizer, batch, config, device, step, world):
     return total, sums
 
 
-def slices(count, parts):
-    """`count` rows cut into equal stretches."""
-    return [slice(n * count // parts, (n + 1) * count // parts) for n in range(parts)]
+def over_all(value, operation=dist.ReduceOp.SUM):
+    """A tensor summed (or so) over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value, operation)
+    return value
+
+
+# ------------------------------------------------------------------ the loop
+
+
+def train(config, rank, world, device):
+    """Train one stage to its last step, from its checkpoint if it has one; -> False when it was complete already."""
+    path = data.output_folder(config.out) / f"{config.stage}.pt"
+    torch.manual_seed(config.seed)
+    saved = saved_before(config, path)
+    if saved and complete(config, saved, path):
+        return False
+    if config.eval_every:
+        data.Lives(config.data, "val")                                           # tells now what is missing, not later
+    model, kept, samples, order, collate = prepare(config, device, saved)
+    config.steps = config.steps or max(1, int(config.epochs * len(samples) / config.batch))
+    if config.batch % (world * config.accum):
+        raise BadInput(f"--batch {config.batch} is that of all processes together; it must be a multiple of their "
+                       f"number, {world}, times --accum {config.accum}")
+    kept |= {"best": -1.0, "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}}
+    said = hold_against(config, saved, kept, path) if saved else start_from(model, config.init) if config.init else ""
+    model.to(device).train()
+    optimizer, start, log = optimizer_of(model, config), saved["step"] if saved else 0, path.with_suffix(".jsonl")
+    if saved:
+        go_on_from(saved, model, optimizer, path)
+        kept["best"] = saved.get("best", -1.0)
+    if rank == 0:
+        cut_log(log, start)
+    if rank == 0 and said:
+        print(said)
+    wrapped = Step(model)
+    if world > 1:
+        wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None)
+    sampler = data.StepSampler(order, config.batch, config.steps, start, config.seed, rank, world)
+    batches = DataLoader(samples, batch_sampler=sampler, num_workers=config.workers, collate_fn=collate,
+                         pin_memory=device.type == "cuda", worker_init_fn=deaf)
+    unread = {}                                                                  # clip -> why it cannot be read
+    wrong = torch.tensor(math.inf, device=device)                                # first step that was not finite
+
+    def checkpoint(step):
+        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        return {"config": vars(config), "step": step} | states | kept
+
+    bar = tqdm(total=config.steps * config.batch, initial=start * config.batch, desc=f"train {config.stage}",
+               unit="frame" if config.stage == "sd" else "clip", mininterval=1, disable=rank > 0)
+    with Signals() as signals, bar:
+        for step, batch in enumerate(batches, start):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(step, config)
+            loss, terms = forward_backward(wrapped, optimizer, batch, config, device, step)
+            norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
+            wrong = wrong.where(torch.stack([loss, norm]).isfinite().all(), wrong.clamp(max=step + 1))
+            stop = heard_by_all(batch, unread, signals, config, samples)
+            last = step + 1 == config.steps
+            log_it, save_it, judge_it = (every and ((step + 1) % every == 0 or last)
+                                         for every in (config.log_every, config.save_every, config.eval_every))
+            if log_it or save_it or judge_it or stop or step == start:           # else nothing waits for the device
+                stop_where_not_finite(wrong, loss, terms, norm, model, step, batch, samples.lives, rank)
+            optimizer.step()
+            bar.update(config.batch)
+            if log_it:
+                line = report(loss, terms, norm, world)
+                shown = {name: f"{value:.3g}" for name, value in line.items() if name != "norm"}
+                bar.set_postfix(shown | ({"bad": len(unread)} if unread else {}))
+                write_line(log, {"step": step + 1, "lr": config.lr * learning_rate(step, config)} | line, rank)
+            if judge_it:
+                value = evaluation.validate(model, checkpoint(step + 1), config.detectors, device)
+                best, kept["best"] = kept["best"], max(kept["best"], *value.values())
+                write_line(log, {"step": step + 1} | value, rank)
+                if rank == 0:
+                    minutes = bar.format_dict["elapsed"] / 60
+                    tqdm.write(f"{config.stage}, step {step + 1} of {config.steps}, {minutes:.1f} minutes: val {value}")
+                    if kept["best"] > best:
+                        save(path.with_name(f"{config.stage}-best.pt"), checkpoint(step + 1))
+            if (save_it or stop) and rank == 0:
+                save(path, checkpoint(step + 1))
+            if stop:
+                raise Stopped(f"{path} holds step {step + 1} of {config.steps}", signals.code())
+    if unread and rank == 0:
+        print(f"{config.stage}: {len(unread)} of {len(samples.lives)} clips could not be read and were skipped; "
+              f"the first: {next(iter(unread.values()))}")
+    if world > 1:
+        dist.barrier()
+    return True
+
+
+def report(loss, terms, norm, world):
+    """Loss, its terms (of the last layer) and the gradient's length as numbers, averaged over all processes."""
+    values = {"loss": loss.detach()} | {name: value.flatten()[-1] for name, value in terms.items()} | {"norm": norm}
+    numbers = over_all(torch.stack([value.float() for value in values.values()]))
+    return dict(zip(values, (numbers / world).tolist()))
+
+
+def write_line(log, line, rank):
+    if rank == 0:
+        with open(log, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def heard_by_all(batch, unread, signals, config, samples):
+    """Add what any process could not read in this step to `unread`; -> whether one was told to stop: the same on all.
+
+    Both are known on the host, and there they are exchanged: the device is not waited for. BadInput when more than 1 %
+    of the clips cannot be read.
+    """
+    mine = [(int(clip), reason) for clip, reason in zip(batch["clip"], batch["bad"]) if reason]
+    flags = over_all(torch.tensor([len(mine), len(signals.seen)]))
+    if flags[0] > 0:
+        for clip, reason in (pair for part in evaluation.everyones(mine) for pair in part):
+            unread.setdefault(clip, reason)
+    if len(unread) > 0.01 * len(samples.lives):
+        raise BadInput(f"{config.data}: {len(unread)} of {len(samples.lives)} clips cannot be read, more than 1 %; "
+                       f"`python data.py check {config.data}` lists them all; the first: "
+                       f"{'; '.join(list(unread.values())[:10])}")
+    return bool(flags[1])
+
+
+def stop_where_not_finite(wrong, loss, terms, norm, model, step, batch, lives, rank):
+    """End the run on all processes when a loss or gradient of one was not finite at step `wrong` or since (inf: never).
+
+    Asked at every line of the log and before a checkpoint is written, so none is spoilt.
+    """
+    if over_all(wrong, dist.ReduceOp.MIN).isinf():
+        return
+    tensors = [(f"weight {name}", p) for name, p in model.named_parameters()]
+    tensors += [(f"gradient of {name}", p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    first = next((name for name, value in tensors if not value.isfinite().all()), "no weight and no gradient")
+    values = {name: round(value.flatten()[-1].item(), 4) for name, value in terms.items()}
+    clips = [lives.clip(int(c)).video_id for c in batch["clip"][:4]]
+    raise BadInput(f"step {int(wrong)}: the loss or its gradient is not finite; at step {step + 1}, process {rank}: "
+                   f"{loss.item():.4g}, {norm.item():.4g}; terms {values}; first bad tensor: {first}; "
+                   f"clips {', '.join(clips)}, ...; the last checkpoint is whole, try a lower --lr")
+
+
+# ------------------------------------------------------------------ stopping and going on
 
 
 class Stopped(Exception):
@@ -534,7 +481,7 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Ctrl-C and SIGTERM (what a scheduler or torchrun sends) are noted, so that the step in hand is finished and saved.
+    """Notes Ctrl-C and SIGTERM (what a scheduler or torchrun sends), so that the step in hand is finished and saved.
 
     A second one ends the process at once.
     """
@@ -558,65 +505,9 @@ class Signals:
 
 
 def deaf(_):
-    """A worker leaves Ctrl-C and SIGTERM, which reach the whole group, to the process that it loads for: that one saves first."""
+    """Make a worker leave Ctrl-C and SIGTERM, which reach the whole group, to the process that it loads for."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-def write_line(log, line):
-    with open(log, "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def step_of(line):
-    """The step of a line of the log; a line that a dying process tore comes after all steps."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-    return step if type(step) is int and line.endswith(b"\n") else math.inf
-
-
-def heard_by_all(batch, signals, world):
-    """What no process could read in this step as (clip, reason), and whether one was told to stop: the same on all of them.
-
-    Both are known on the host, and there they are exchanged: the device is not waited for.
-    """
-    unread = [(int(clip), reason) for clip, reason in zip(batch["clip"], batch["bad"]) if reason]
-    flags = torch.tensor([len(unread), len(signals.seen)])
-    if world > 1:
-        dist.all_reduce(flags)                          # every process learns what one has met, so all take the same way
-    if flags[0] > 0:
-        unread = [pair for part in evaluation.everyones(unread) for pair in part]
-    return unread, bool(flags[1])
-
-
-def stop_where_not_finite(wrong, loss, terms, norm, model, step, batch, lives, rank, world):
-    """End the run on all processes when a loss or gradient of one was not finite at step `wrong` or since (inf: never).
-
-    Asked at every line of the log and before a checkpoint is written, so none is spoilt; says what is known of this step.
-    """
-    if world > 1:
-        dist.all_reduce(wrong, dist.ReduceOp.MIN)
-    if wrong.isinf():
-        return
-    tensors = [(f"weight {name}", p) for name, p in model.named_parameters()]
-    tensors += [(f"gradient of {name}", p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    first = next((name for name, value in tensors if not value.isfinite().all()), "no weight and no gradient")
-    values = {name: round(value.flatten()[-1].item(), 4) for name, value in terms.items()}
-    clips = [lives.clip(int(c)).video_id for c in batch["clip"][:4]]
-    raise BadInput(f"step {int(wrong)}: the loss or its gradient is not finite; at step {step + 1}, process {rank}: {loss.item():.4g}, {norm.item():.4g}; "
-                   f"terms {values}; first bad tensor: {first}; clips {', '.join(clips)}, ...; "
-                   "the last checkpoint is whole, try a lower --lr")
-
-
-def report(loss, terms, norm, world):
-    """Loss, its terms (of the last layer) and the gradient's length as numbers, averaged over all processes."""
-    values = {"loss": loss.detach()} | {name: value.flatten()[-1] for name, value in terms.items()} | {"norm": norm}
-    numbers = torch.stack([value.float() for value in values.values()])
-    if world > 1:
-        dist.all_reduce(numbers)
-    return dict(zip(values, (numbers / world).tolist()))
 
 
 def save(path, checkpoint):
@@ -629,8 +520,28 @@ def save(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise BadInput(f"{path}: cannot be written: {error.strerror}; the file that was there before is whole; make room, and the same "
-                       "command goes on from it") from None
+        raise BadInput(f"{path}: cannot be written: {error.strerror}; the file that was there before is whole; make "
+                       "room, and the same command goes on from it") from None
+
+
+def saved_before(config, path):
+    """The checkpoint that this run left, or None."""
+    saved = evaluation.read_checkpoint(path) if path.exists() else None
+    if saved and saved["config"]["stage"] != config.stage:
+        raise BadInput(f"{path} holds stage {saved['config']['stage']}, not {config.stage}; remove it, or give --out "
+                       "for a new run")
+    return saved
+
+
+def complete(config, saved, path):
+    """Whether a checkpoint is this very run's last; BadInput when it was trained on a detector that is gone."""
+    if saved["step"] != saved["config"]["steps"] or differences(config, saved["config"]):
+        return False
+    base = Path(config.detectors) / ("sd.pt" if config.stage == "md" else f"{config.boxes}.pt")
+    if "base" in saved and base.exists() and evaluation.fingerprint(evaluation.read_checkpoint(base)) != saved["base"]:
+        raise BadInput(f"{path} was trained on another {base.name} than the one that is there now; "
+                       "remove it, or give --out for a new run")
+    return True
 
 
 def differences(config, saved, harmless=False):
@@ -638,10 +549,145 @@ def differences(config, saved, harmless=False):
 
     harmless: of the fields that change no weight (eval.WEIGHTLESS), instead of those that do.
     """
-    now = vars(config)
-    free = evaluation.WEIGHTLESS
+    now, free = vars(config), evaluation.WEIGHTLESS
     counted = free if harmless else now.keys() - free - ({"steps"} if not now["steps"] else set())
-    return [f"{name}: {saved.get(name)} there, {now[name]} here" for name in now if name in counted and now[name] != saved.get(name)]
+    return [f"{name}: {saved.get(name)} there, {now[name]} here" for name in now
+            if name in counted and now[name] != saved.get(name)]
+
+
+def hold_against(config, saved, kept, path):
+    """-> one line that says where the run goes on; BadInput when it would go on as another run."""
+    changed = differences(config, saved["config"])
+    changed += [name for name in ("categories", "base") if saved.get(name) != kept.get(name)]
+    if changed:
+        raise BadInput(f"{path} was made with another configuration or on other data ({', '.join(changed)}); "
+                       "give --out for a new run, or remove the file")
+    return "; ".join([f"{path}: goes on from step {saved['step']} of {config.steps}",
+                      *differences(config, saved["config"], harmless=True)])
+
+
+def go_on_from(saved, model, optimizer, path):
+    """Weights and the optimizer's state of a checkpoint."""
+    model.load_state_dict(saved["model"])
+    try:
+        optimizer.load_state_dict({"state": saved["optimizer"]["state"],
+                                   "param_groups": optimizer.state_dict()["param_groups"]})
+        fits = all(state[name].shape == parameter.shape
+                   for parameter, state in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq"))
+    except Exception:                                                            # whatever its bytes lead to
+        fits = False
+    if not fits:
+        raise BadInput(f"{path}: the optimizer's state does not fit the weights; remove it, and it is trained anew")
+
+
+def cut_log(log, start):
+    """Leave out the lines that a stopped run wrote after its last checkpoint, the one of step `start`."""
+    def step_of(line):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return math.inf                                                      # a line that a dying process tore
+        return step if type(step) is int and line.endswith(b"\n") else math.inf
+    lines = log.read_bytes().splitlines(True) if start and log.exists() else []
+    steps = [step_of(line) for line in lines]
+    if math.inf in steps[:-1]:
+        raise BadInput(f"{log}:{steps.index(math.inf) + 1}: not a line of the log, {{\"step\": ...}}; remove it, or all")
+    with data.whole(log) as part:
+        Path(part).write_bytes(b"".join(line for line, step in zip(lines, steps) if step <= start))
+
+
+# ------------------------------------------------------------------ public weights
+
+
+def start_from(model, path):
+    """Public weights by name and shape; the class head may differ and is then left as initialised, nothing else may.
+
+    A whole DAB-DETR checkpoint ({"model": ...}, with or without "module."), a torchvision ResNet for its backbone, or
+    CLIP for RICE's image encoder: a state dict, or OpenAI's TorchScript archive. Kept in float32.
+    -> one line that says what was loaded; position embeddings of another picture size are interpolated, and it says so.
+    """
+    state, said = read_weights(path), ""
+    own, place = model.state_dict(), ""
+    if "layer4.0.conv1.weight" in state:
+        place, state = "backbone.0.body.", {key: value for key, value in state.items() if not key.startswith("fc.")}
+    elif hasattr(model, "visual"):
+        place = "visual."
+        state = {key.removeprefix(place): value for key, value in state.items() if key.startswith(place)}
+        positions, patches = state.get("positional_embedding"), model.visual.grid ** 2
+        there = len(positions) - 1 if positions is not None and positions.dim() == 2 else patches
+        if there != patches and math.isqrt(there) ** 2 == there:
+            state["positional_embedding"] = rice.fit_positions(positions, model.visual.grid)
+            said = f"; position embeddings interpolated from {there} to {patches} patches"
+    unused = [key for key in state if key.endswith("num_batches_tracked")]
+    state = {place + key: value for key, value in state.items() if key not in unused}
+    # The decoder's box head is the model's own under a second name, which a checkpoint may leave out.
+    own = {key: value for key, value in own.items()
+           if key.startswith(place) and (key in state or not key.startswith("transformer.decoder.bbox_embed."))}
+    shapes = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
+    new = {key for key in shapes if key.startswith("class_embed.")}
+    wrong = {"missing": own.keys() - state.keys(), "left over": state.keys() - own.keys(), "of another shape": shapes - new}
+    if any(wrong.values()):
+        named = [f"{text}: {', '.join(sorted(keys)[:8])}" for text, keys in wrong.items() if keys]
+        raise BadInput(f"{path}: {'; '.join(named)}")
+    model.load_state_dict({key: value for key, value in state.items() if key not in new}, strict=False)
+    return (f"{path}: loaded {len(own) - len(new)}, re-initialised {', '.join(sorted(new)) or 'none'}, "
+            f"unused {len(unused)}{said}")
+
+
+def read_weights(path):
+    """The tensors of a weights file by name, in float32; nothing in the file is run."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file")
+    try:
+        return {key: value.float() for key, value in rice.read_torchscript(path).items()}
+    except (zipfile.BadZipFile, KeyError, IndexError):
+        pass                                                                     # no archive: a state dict, then
+    except Exception as error:             # pickle raises whatever the bytes lead it to
+        raise BadInput(f"{path}: not a TorchScript archive of weights ({type(error).__name__})") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):          # DETR's checkpoints hold their flags too
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        return {key.removeprefix("module."): value.float() for key, value in state.get("model", state).items()}
+    except Exception as error:
+        raise BadInput(f"{path}: not a state dict of tensors ({type(error).__name__})") from None
+
+
+# ------------------------------------------------------------------ which checkpoints are sound
+
+# What eval.py reads of a checkpoint's configuration and has no default for.
+NEEDED = ("stage data seed steps workers frames shortest longest backbone dim heads encoder_layers decoder_layers ffn queries "
+          "dense keep boxes view text width layers vit_heads patch size embedding losses n_neg negatives rerank").split()
+
+
+def unsound(checkpoint):
+    """What is wrong with a checkpoint's parts, "" when nothing is: a configuration that `configure` allows, and finite
+    weights of the names and shapes that it asks for. A RICE's detector is held against the same rules."""
+    try:
+        config, weights = checkpoint["config"], checkpoint["model"]
+        kinds = {f.name: (float, int) if type(f.default) is float else (type(f.default),) for f in dataclasses.fields(Config)}
+        lists = {name: ",".join(map(str, config[name])) for name in ("shortest", "keep")}
+        given = {name: value for name, value in (config | lists).items() if name in kinds}
+        wrong = [name for name in NEEDED if name not in given]
+        wrong += [name for name, value in given.items() if type(value) not in kinds[name]]
+        if wrong or config["stage"] not in STAGES:
+            return f"its configuration has no {', '.join(wrong) or 'stage'} that it can be"
+        configure(given, config["stage"])
+        if not all(type(raw) is int and type(name) is str for raw, name in checkpoint["categories"].items()):
+            return "categories: expected {number: name}"
+        if not 0 <= checkpoint.get("step", 0) <= config["steps"] or not isinstance(checkpoint.get("best", 0.0), (int, float)):
+            return f"step: expected 0 to {config['steps']}"
+        texts = config["stage"] == "rice" and data.Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):            # shapes only: no memory, no random numbers
+            model = evaluation.build(config, len(checkpoint["categories"]), texts and texts.vocab)
+        asked = {name: value.shape for name, value in model.state_dict().items()}
+        found = {name: value.shape for name, value in weights.items()}
+        wrong = [name for name in asked.keys() | found.keys() if asked.get(name) != found.get(name)]
+        wrong = wrong or [name for name, value in weights.items() if not np.isfinite(value.numpy()).all()]
+        if wrong:
+            return f"weights that do not fit its configuration or are not finite: {min(wrong)}, {len(wrong)} in all"
+        return unsound(checkpoint["detector"]) if "detector" in checkpoint else ""
+    except Exception as error:                                                   # a part of another kind leads to anything
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
 # ------------------------------------------------------------------ the command
@@ -685,7 +731,7 @@ def run(given):
             try:
                 evaluation.show(before)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-                raise BadInput(f"{path}: {config.stage}: not results; remove the file, and every stage is evaluated again") from None
+                raise BadInput(f"{path}: {config.stage}: not results; remove it, and every stage is evaluated again") from None
     if rank == 0:
         print(f"\nall done: {path}")
 
@@ -693,7 +739,7 @@ def run(given):
 def main(argv=None):
     parser = data.Parser(
         usage="train.py [--FLAG VALUE ...]", description="Train SD, MD and RICE; with no argument: the whole quickstart.",
-        epilog="Defaults are the paper's; --preset tiny (the default preset) changes many of them: see PRESETS in train.py.")
+        epilog="Defaults are the paper's; --preset tiny (the default) changes many of them: see PRESETS in train.py.")
     groups = {}
     for item in dataclasses.fields(Config):
         group = groups.setdefault(item.metadata["group"], parser.add_argument_group(item.metadata["group"]))

@@ -263,7 +263,7 @@ def tiny_step(stage, world=1):
     wrapped = wrapped if world == 1 else torch.nn.parallel.DistributedDataParallel(wrapped)
 
     def step():
-        train.forward_backward(wrapped, optimizer, batch, config, torch.device("cpu"), 0, world)
+        train.forward_backward(wrapped, optimizer, batch, config, torch.device("cpu"), 0)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
     return step

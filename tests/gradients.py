@@ -32,7 +32,7 @@ def main(case, root, run, out, small):
     wrapped = train.Step(model)
     wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False) if world > 1 else wrapped
     optimizer = train.optimizer_of(model, config)
-    loss, terms = train.forward_backward(wrapped, optimizer, batch, config, torch.device("cpu"), 0, world)
+    loss, terms = train.forward_backward(wrapped, optimizer, batch, config, torch.device("cpu"), 0)
     line = train.report(loss, terms, torch.zeros(()), world)
     if rank == 0:
         torch.save({"loss": line["loss"], "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}, out)

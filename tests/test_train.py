@@ -102,7 +102,7 @@ def test_a_batch_in_parts_is_the_batch(livestreams, tmp_path):
         torch.manual_seed(0)
         model, _, samples, _, collate = train.prepare(config, torch.device("cpu"), None)
         batch = collate([samples[(0, i)] for i in range(8)])
-        loss, terms = train.forward_backward(train.Step(model), train.optimizer_of(model, config), batch, config, torch.device("cpu"), 0, 1)
+        loss, terms = train.forward_backward(train.Step(model), train.optimizer_of(model, config), batch, config, torch.device("cpu"), 0)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad] + [loss[None]]))
     for other in gradients[1:]:
         assert (other - gradients[0]).norm() < 1e-5 * gradients[0].norm()
@@ -384,7 +384,7 @@ def test_a_step_never_waits_for_the_device(run_one, livestreams, stage):
     optimizer = train.optimizer_of(model.train(), config)
     train.ready(batch, config, torch.device("cpu"), 0)                       # what is sent to the device once, is there
     with ReadBack() as host:
-        loss, _ = train.forward_backward(train.Step(model), optimizer, batch, config, torch.device("cpu"), 0, 1)
+        loss, _ = train.forward_backward(train.Step(model), optimizer, batch, config, torch.device("cpu"), 0)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
         assert host.seen == []
