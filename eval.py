@@ -2,16 +2,17 @@
 
     python eval.py --ckpt runs/tiny/md.pt                      the checkpoint knows its stage, data and configuration
     python eval.py --ckpt runs/tiny/rice.pt --json rice.json
-    python eval.py --ckpt runs/rand?/rice.pt runs/s?/rice.pt --markdown        a row per configuration, mean over seeds, differences
-    python eval.py --ckpt runs/tiny/rice.pt --pictures looks                   hardest misses, hits, attention, training curves
+    python eval.py --ckpt runs/rand?/rice.pt runs/s?/rice.pt   a row per configuration, mean over seeds, differences
+    python eval.py --ckpt runs/tiny/rice.pt --pictures looks   hardest misses, hits, attention, training curves
     python eval.py --ckpt runs/tiny/rice.pt --live live.mp4 --shop images      which product is on sale when
     torchrun --nproc_per_node 8 eval.py --ckpt runs/paper/md.pt --data LPR4M
 
 Data flow:  checkpoint -> model -> one box a frame for every frame of the split -> AP
                                 -> one embedding a clip and a shop image -> similarity -> rank-k in each live's gallery
 
-Letters: Q clips (queries), M shop images, G true boxes, F frames, T frames of a clip, D embedding.
-Boxes are xyxy in the annotation's pixels: those of the picture on disk, unless its side file tells an original size.
+Letters: Q clips (queries), M shop images, G true boxes, F frames, D embedding, T frames of a clip, P patches of a picture,
+R tokens of a clip, W their width. Boxes are xyxy in the annotation's pixels: those of the picture on disk, unless its side
+file tells an original size.
 """
 import functools
 import glob
@@ -36,6 +37,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
+from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 import data
@@ -45,108 +47,100 @@ from data import BadInput
 
 # ------------------------------------------------------------------ metrics, pure functions of arrays
 
+AREAS = {"all": (0, 1e10), "small": (0, 32 ** 2), "medium": (32 ** 2, 96 ** 2), "large": (96 ** 2, 1e10)}
+
 
 def average_precision(truth, detections):
     """COCO's box AP: 10 IoU thresholds, 101 recall points, 100 detections an image and category, mean over categories.
 
-    truth: dict of arrays image [G], category [G], box_xyxy [G,4]; detections: the same and score [D]. Equal scores keep
-    the order of images. Give every row the same category for the class-agnostic figure. A detection matches the free
+    truth: dict of arrays image [G], category [G], box_xyxy [G,4]; detections: the same and score, a row each. Equal scores
+    keep the order of images. Give every row the same category for the class-agnostic figure. A detection matches the free
     true box of highest IoU. Categories without a true box do not count.
     -> AP, AP50, AP75, APsmall, APmedium, APlarge (-1 where the size has no true box), AR1, AR10, AR100, ARsmall,
     ARmedium, ARlarge, per_category {category: AP}. No detections give 0; no true boxes at all raise ValueError.
     """
-    t_image, t_category = np.asarray(truth["image"]), np.asarray(truth["category"])
-    t_box = np.asarray(truth["box_xyxy"], np.float64).reshape(-1, 4)
-    if not len(t_image):
+    truth, detections = ({name: np.asarray(value) for name, value in side.items()} for side in (truth, detections))
+    if not len(truth["image"]):
         raise ValueError("average_precision: no true box, so there is nothing to find")
-    names, t_category = np.unique(t_category, return_inverse=True)
-    d_category = np.asarray(detections["category"])
-    known = np.isin(d_category, names)
-    d_category = np.searchsorted(names, d_category[known])
-    d_image, score = np.asarray(detections["image"])[known], np.asarray(detections["score"], np.float64)[known]
-    d_box = np.asarray(detections["box_xyxy"], np.float64).reshape(-1, 4)[known]
-
-    # Boxes meet only within one image and category: sort both sides by that key, detections by score within it.
-    images = np.unique(np.concatenate([t_image, d_image]))
-    t_key = np.searchsorted(images, t_image) * len(names) + t_category
-    d_key = np.searchsorted(images, d_image) * len(names) + d_category
-    t_order, d_order = np.argsort(t_key, kind="stable"), np.lexsort((-score, d_key))
-    t_key, t_box, t_category = t_key[t_order], t_box[t_order], t_category[t_order]
-    d_key, d_box, d_category, score = d_key[d_order], d_box[d_order], d_category[d_order], score[d_order]
-    rank = np.arange(len(d_key)) - np.searchsorted(d_key, d_key)
-    d_key, d_box, d_category, score, rank = (x[rank < 100] for x in (d_key, d_box, d_category, score, rank))
-    first = np.searchsorted(t_key, d_key)
-    count = np.searchsorted(t_key, d_key, side="right") - first
-    pair_d = np.repeat(np.arange(len(d_key)), count)
-    pair_t = np.arange(len(pair_d)) - np.repeat(np.cumsum(count) - count, count) + first[pair_d]
-    t_area, d_area = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (t_box, d_box))
-    low, high = np.maximum(d_box[pair_d, :2], t_box[pair_t, :2]), np.minimum(d_box[pair_d, 2:], t_box[pair_t, 2:])
-    inner = (high - low).clip(0).prod(1)
-    iou = inner / (d_area[pair_d] + t_area[pair_t] - inner)
-    by_rank = np.argsort(rank[pair_d], kind="stable")
-    pair_d, pair_t, iou = pair_d[by_rank], pair_t[by_rank], iou[by_rank]
-    rounds = np.searchsorted(rank[pair_d], np.arange(rank.max(initial=-1) + 2))
-
-    thresholds, recalls = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
-    result, per_category = {}, {}
-    for area, low, high in (("", 0, 1e10), ("small", 0, 32 ** 2), ("medium", 32 ** 2, 96 ** 2), ("large", 96 ** 2, 1e10)):
-        ignored = (t_area < low) | (t_area > high)
-        hit, skip = _greedy(pair_d, pair_t, iou, rounds, ignored, thresholds, len(d_key))
-        skip |= ~hit & ((d_area < low) | (d_area > high))
-        curves, reached = [], {1: [], 10: [], 100: []}
-        for c, name in enumerate(names):
-            total = int((~ignored & (t_category == c)).sum())
-            if total == 0:
-                continue
-            mine = np.flatnonzero(d_category == c)
-            mine = mine[np.argsort(-score[mine], kind="stable")]
-            found = hit[:, mine] & ~skip[:, mine]
-            true, false = found.cumsum(1), (~hit[:, mine] & ~skip[:, mine]).cumsum(1)
-            recall = true / total
-            precision = true / np.maximum(true + false, 1)
-            precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
-            curve = np.zeros((10, 101))
-            for t in range(10):
-                at = np.searchsorted(recall[t], recalls)
-                curve[t, at < len(mine)] = precision[t, at[at < len(mine)]]
-            curves.append(curve)
-            for most, values in reached.items():
-                values.append((found & (rank[mine] < most)).sum(1) / total)
-            if not area:
-                per_category[name.item()] = float(curve.mean())
-        mean = np.array(curves)
-        result[f"AP{area}"] = float(mean.mean()) if curves else -1.0
-        if area:
-            result[f"AR{area}"] = float(np.mean(reached[100])) if curves else -1.0
+    measured = {}
+    for category in np.unique(truth["category"]):
+        true, found = ({name: value[side["category"] == category] for name, value in side.items()}
+                       for side in (truth, detections))
+        measured[category.item()] = _curves(true, found)
+    result = {"per_category": {category: float(sizes["all"][0].mean()) for category, sizes in measured.items()}}
+    for area in AREAS:
+        curves = [sizes[area][0] for sizes in measured.values() if area in sizes]
+        recall = np.array([sizes[area][1] for sizes in measured.values() if area in sizes])
+        suffix = area if area != "all" else ""
+        result[f"AP{suffix}"] = float(np.mean(curves)) if curves else -1.0
+        if suffix:
+            result[f"AR{suffix}"] = float(recall[:, 2].mean()) if curves else -1.0
         else:
-            result |= {"AP50": float(mean[:, 0].mean()), "AP75": float(mean[:, 5].mean())}
-            result |= {f"AR{most}": float(np.mean(values)) for most, values in reached.items()}
-    return result | {"per_category": per_category}
+            result |= {"AP50": float(np.mean([c[0] for c in curves])), "AP75": float(np.mean([c[5] for c in curves]))}
+            result |= {f"AR{most}": float(recall[:, n].mean()) for n, most in enumerate((1, 10, 100))}
+    return result
 
 
-def _greedy(pair_d, pair_t, iou, rounds, ignored, thresholds, count):
+def _curves(true, found):
+    """One category's {size of box: precision at 101 recalls [10,101], recall of the first 1, 10, 100 of an image [3,10]}."""
+    t_order, d_order = np.argsort(true["image"], kind="stable"), np.lexsort((-found["score"], found["image"]))
+    t_image, d_image = true["image"][t_order], found["image"][d_order]
+    rank = np.arange(len(d_image)) - np.searchsorted(d_image, d_image)                  # place in its image, the surest first
+    d_order, d_image, rank = (x[rank < 100] for x in (d_order, d_image, rank))
+    t_box, d_box = (side["box_xyxy"][order].reshape(-1, 4).astype(np.float64)
+                    for side, order in ((true, t_order), (found, d_order)))
+    # Every detection with every true box of its image.
+    first = np.searchsorted(t_image, d_image)
+    count = np.searchsorted(t_image, d_image, side="right") - first
+    pair_d = np.repeat(np.arange(len(d_image)), count)
+    pair_t = np.arange(len(pair_d)) - np.repeat(np.cumsum(count) - count, count) + first[pair_d]
+    iou = overlaps(d_box[pair_d], t_box[pair_t])
+    t_area, d_area = ((box[:, 2:] - box[:, :2]).prod(1) for box in (t_box, d_box))
+    best_first = np.argsort(-found["score"][d_order], kind="stable")
+    result = {}
+    for area, (low, high) in AREAS.items():
+        ignored = (t_area < low) | (t_area > high)
+        if ignored.all():
+            continue
+        hit, skip = _greedy(pair_d, pair_t, iou, rank, ignored)
+        skip |= ~hit & ((d_area < low) | (d_area > high))
+        right, shown = (hit & ~skip)[:, best_first], ~skip[:, best_first]
+        recall = [(right & (rank[best_first] < most)).sum(1) / (~ignored).sum() for most in (1, 10, 100)]
+        result[area] = precision_at_recalls(right.cumsum(1), shown.cumsum(1), (~ignored).sum()), recall
+    return result
+
+
+def _greedy(pair_d, pair_t, iou, rank, ignored):
     """Match best detections first, all images at once: round r gives every image's r-th detection its best free box.
 
-    A box that does not count is taken only when none that counts is left. -> matched [10,D], matched to an ignored one.
+    A box that is ignored is taken only when none that counts is left, of equal ones the last, as pycocotools does.
+    -> whether a detection is matched at each threshold [10,detections], whether to an ignored box
     """
-    hit, skip = np.zeros((10, count), bool), np.zeros((10, count), bool)
-    taken = np.zeros((10, len(ignored)), bool)
-    for low, high in zip(rounds, rounds[1:]):
-        d, t, overlap = pair_d[low:high], pair_t[low:high], iou[low:high]
-        starts = np.flatnonzero(np.r_[True, d[1:] != d[:-1]]) if len(d) else []
-        if not len(starts):
-            continue
-        value = np.where(~taken[:, t] & (overlap >= thresholds[:, None]), overlap + 2 * ~ignored[t], -1)   # [10,pairs]
-        best = np.maximum.reduceat(value, starts, axis=1)                                                  # [10,dets]
-        lengths = np.diff(np.r_[starts, len(d)])
-        at_best = np.where(value == np.repeat(best, lengths, axis=1), np.arange(len(d)), -1)
-        chosen = np.maximum.reduceat(at_best, starts, axis=1)                                              # [10,dets]
-        level, place = np.nonzero(best > 0)
-        box = t[chosen[level, place]]
-        taken[level, box] = True
-        hit[level, d[starts[place]]] = True
-        skip[level, d[starts[place]]] = ignored[box]
+    order = np.lexsort((-pair_t, -iou, ignored[pair_t], pair_d, rank[pair_d]))
+    pair_d, pair_t, iou = pair_d[order], pair_t[order], iou[order]
+    rounds = np.searchsorted(rank[pair_d], np.arange(rank.max(initial=-1) + 2))
+    hit, skip = np.zeros((10, len(rank)), bool), np.zeros((10, len(rank)), bool)
+    for level, threshold in enumerate(np.linspace(0.5, 0.95, 10)):
+        free = np.ones(len(ignored), bool)
+        for low, high in zip(rounds, rounds[1:]):
+            able = low + np.flatnonzero(free[pair_t[low:high]] & (iou[low:high] >= threshold))
+            winner, at = np.unique(pair_d[able], return_index=True)
+            box = pair_t[able[at]]
+            free[box], hit[level, winner], skip[level, winner] = False, True, ignored[box]
     return hit, skip
+
+
+def precision_at_recalls(right, shown, total):
+    """Detections best first, right [L,D] and shown [L,D] of them so far, total true boxes -> precision, made to fall, [L,101]."""
+    precision = np.maximum.accumulate((right / np.maximum(shown, 1))[:, ::-1], 1)[:, ::-1]
+    return np.stack([np.append(row, 0)[np.searchsorted(recall, np.linspace(0, 1, 101))]
+                     for row, recall in zip(precision, right / total)])
+
+
+def overlaps(a, b):
+    """IoU row by row: a [G,4], b [G,4] -> [G]."""
+    inner = (np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])).clip(0).prod(1)
+    return inner / np.maximum((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - inner, 1e-9)
 
 
 def rank_k(similarity, positive, gallery=None, ks=(1, 5, 10)):
@@ -175,10 +169,11 @@ def first_true(similarity, positive, gallery=None):
 
 @torch.no_grad()
 def nearest(queries, images, k, block=1024, wide=8192, group=32):
-    """The k images of the greatest product with each query, exactly: queries [Q,D], images [M,D] -> scores, places [Q,min(k,M)].
+    """The k images of the greatest product with each query, exactly: queries [Q,D], images [M,D] -> scores and places, both
+    [Q,min(k,M)].
 
-    Memory is one block of products, however many images there are. The k greatest of a row lie in the k groups of columns with
-    the greatest maxima, and maxima of groups are found much faster than the order of all columns.
+    Memory is one block of products, however many images there are. The k greatest of a row lie in the k groups of columns
+    with the greatest maxima, and maxima of groups are found much faster than the order of all columns.
     """
     found, k = [], min(k, len(images))
     for q in queries.split(block):
@@ -188,8 +183,10 @@ def nearest(queries, images, k, block=1024, wide=8192, group=32):
             column = torch.arange(score.shape[1], device=q.device).expand(len(q), -1)            # [q,wide]
             if score.shape[1] == wide and k < wide // group:
                 groups = score.unflatten(1, (-1, group))                                         # [q,wide/group,group]
-                chosen = groups.amax(2).topk(k, sorted=False).indices[..., None].expand(-1, -1, group)                # [q,k,group]
-                score, column = (x.gather(1, chosen).flatten(1) for x in (groups, column.unflatten(1, (-1, group))))  # [q,k*group]
+                chosen = groups.amax(2).topk(k, sorted=False).indices[..., None]                 # [q,k,1]
+                chosen = chosen.expand(-1, -1, group)                                            # [q,k,group]
+                score, column = (x.gather(1, chosen).flatten(1)
+                                 for x in (groups, column.unflatten(1, (-1, group))))            # [q,k*group]
             best, at = torch.cat([best, score], 1).topk(min(k, best.shape[1] + score.shape[1]))  # [q,k]
             place = torch.cat([place, column + start], 1).gather(1, at)                          # [q,k]
         found.append((best, place))
@@ -487,7 +484,7 @@ def score_detections(rows, lives, categories):
                 columns = {column: column for column in ("AP", "AP50", "AP75")} if name == "all" else {name: "AP50"}
                 result[view] |= {column: 100 * ap[statistic] for column, statistic in columns.items()}
         hit, shown = np.zeros(len(found), bool), np.zeros(len(found), bool)
-        np.logical_or.at(hit, frame, (_overlaps(found[frame, :4], box) >= 0.5) & seen[frame])
+        np.logical_or.at(hit, frame, (overlaps(found[frame, :4].astype(np.float64), box) >= 0.5) & seen[frame])
         shown[frame] = True
         samples[method] = {"clip": rows["clip"][seen], "score": found[seen, 4], "hit": hit[seen],
                            "true": np.bincount(rows["clip"][frame], minlength=len(lives))}
@@ -499,12 +496,6 @@ def score_detections(rows, lives, categories):
             result["kinds"][kind] = {"frames": int(here.sum()), "score": 100 * float(found[here, 4].mean()),
                                      "hit": 100 * float(hit[here].mean()) if shown[here].any() else None}
     return results, {"clips": len(lives), "frames": len(clip_ids), "boxes": len(frame), "missing": int((~seen).sum())}, samples
-
-
-def _overlaps(a, b):
-    """IoU row by row: a [G,4], b [G,4] -> [G]."""
-    inner = (np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])).clip(0).prod(1)
-    return inner / np.maximum((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - inner, 1e-9)
 
 
 def show_table_1(results, counts, markdown=False):
