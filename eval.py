@@ -29,7 +29,6 @@ import tempfile
 import time
 import uuid
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -1270,13 +1269,12 @@ class Recording:
 def frames_of(source, every, fps, start):
     """One frame every `every` seconds of a recording, from second `start` on: yields uint8 [3,H,W], None where it is broken.
 
-    source: a folder of pictures in order of name (numbers in order of value), `fps` of them a second, or a video, of which
-    the program ffmpeg sends only these frames through a pipe: memory holds one, the disk none.
+    source: a folder of pictures, `fps` of them a second, or a video, of which the program ffmpeg sends only these frames
+    through a pipe: memory holds one, the disk none.
     """
     if Path(source).is_dir():
         names = data.picture_files(source)
-        places = itertools.takewhile(lambda at: at < len(names), (round((start + n * every) * fps) for n in itertools.count()))
-        for at in places:
+        for at in np.arange(start * fps, len(names) - 0.5, every * fps).round().astype(int):
             try:
                 yield data.read_picture(names[at])
             except BadInput:
@@ -1318,95 +1316,80 @@ def seconds_of(source, fps):
 
 
 def read_tabbed(path, first, kind=str):
-    """[(key, text)] of a file of rows `first<TAB>text`, keys as `kind`; BadInput with file and row."""
-    rows = []
+    """[(key, text)] of a file of rows `first<TAB>text`, keys as `kind`; BadInput with file and row. No path: no rows."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
     except UnicodeDecodeError:
         raise BadInput(f"{path}: expected UTF-8 text") from None
+    rows = []
     for n, line in enumerate(lines, 1):
         key, tab, text = line.partition("\t")
         if line.strip() and not tab:
             raise BadInput(f"{path}:{n}: expected {first}<TAB>text")
         try:
-            rows += [(kind(key.strip()), text.strip())] if tab else []
+            rows += [(kind(key.strip()), text.strip())] if line.strip() else []
         except ValueError:
             raise BadInput(f"{path}:{n}: {key[:40]!r} is no number of {first}") from None
     return rows
 
 
-@dataclass
-class Shop:
-    """The pictures of a folder that can be read, by name, with their titles and embeddings [M,D]."""
-    folder: Path
-    names: list
-    titles: dict
-    feature: torch.Tensor = None
-
-    def read(self, name):
-        return data.read_picture(self.folder / name)
-
-
 def open_shop(folder, titles, embedder, key):
-    """The Shop of a folder. Its embeddings are kept beside it under the model's fingerprint `key`; only what is new or
-    changed since is embedded again. titles: {name, with or without ending: text}."""
-    files = data.picture_files(folder)
-    shop = Shop(Path(folder), [path.relative_to(folder).as_posix() for path in files], {})
-    shop.titles = {name: titles.get(name, titles.get(name.rpartition(".")[0], "")) for name in shop.names}
-    stamps = [(path.stat().st_size, path.stat().st_mtime_ns, zlib.crc32(shop.titles[name].encode()))
-              for path, name in zip(files, shop.names)]
-    kept, known = shop.folder.resolve().parent / f".{shop.folder.resolve().name}-{key[:12]}.npz", {}
-    with contextlib.suppress(Exception):             # there is none, or a torn one, which raises whatever its bytes lead to
-        with np.load(kept) as saved:
-            assert saved["feature"].shape[1:] == (embedder.config["embedding"],) and saved["feature"].dtype == np.float32
-            known = {(str(name), *stamp.tolist()): (feature, bool(seen)) for name, stamp, feature, seen
-                     in zip(*(saved[column] for column in ("names", "stamps", "feature", "seen")))}
-    marks = [(name, *stamp) for name, stamp in zip(shop.names, stamps)]
+    """The pictures of a folder that can be read, as an ImageSet, and their embeddings [M,D]; titles: {name, with or without
+    ending: text}. Embeddings are kept beside the folder under the model's fingerprint `key`; only what is new or changed
+    since is embedded again."""
+    root, files = Path(folder).resolve(), data.picture_files(folder)
+    names = [path.relative_to(folder).as_posix() for path in files]
+    titles = {name: titles.get(name, titles.get(name.rpartition(".")[0], "")) for name in names}
+    stamps = [(path.stat().st_size, path.stat().st_mtime_ns, zlib.crc32(titles[name].encode()))
+              for path, name in zip(files, names)]
+    kept, known = root.parent / f".{root.name}-{key[:12]}.npz", {}
+    with contextlib.suppress(Exception), np.load(kept) as saved:     # none, or a torn one, which raises whatever it leads to
+        if saved["feature"].shape[1:] == (embedder.config["embedding"],) and saved["feature"].dtype == np.float32:
+            columns = (saved[column] for column in ("names", "stamps", "feature", "seen"))
+            known = {(str(name), *stamp.tolist()): (feature, bool(seen)) for name, stamp, feature, seen in zip(*columns)}
+    marks = [(name, *stamp) for name, stamp in zip(names, stamps)]
+    shop = embedder.shop(lambda name: data.read_picture(Path(folder) / name), titles, names)
     new = [n for n, mark in enumerate(marks) if mark not in known]
     if new:
-        pictures = embedder.shop(shop.read, shop.titles, shop.names)
-        feature, seen = embedder.embed(pictures, new, False, "embed the shop")                   # [new,D], [new]
+        feature, seen = embedder.embed(shop, new, False, "embed the shop")                       # [new,D], [new]
         known |= {marks[n]: row for n, *row in zip(new, feature.cpu().numpy(), seen.tolist())}
     feature, seen = (np.array(column) for column in zip(*(known[mark] for mark in marks)))       # [M,D], [M]
     if new:
-        try:
-            with data.whole(kept) as part, open(part, "wb") as file:
-                np.savez(file, names=shop.names, stamps=np.array(stamps), feature=feature, seen=seen)
-        except OSError as error:
-            print(f"{kept}: cannot be written ({error.strerror}); the shop will be embedded anew next time")
+        with contextlib.suppress(OSError), data.whole(kept) as part, open(part, "wb") as file:   # it may not be ours to write
+            np.savez(file, names=names, stamps=np.array(stamps), feature=feature, seen=seen)
     if not seen.any():
         raise BadInput(f"{folder}: none of its {len(files)} pictures can be read")
-    shop.names, shop.feature = np.array(shop.names)[seen].tolist(), torch.from_numpy(feature[seen]).to(embedder.device)
-    return shop
+    shop.ids = np.array(names)[seen].tolist()
+    return shop, torch.from_numpy(feature[seen]).to(embedder.device)
 
 
 def finder_of(path, checkpoint, detector, device):
-    """The detector that a RICE sees a live through: model, configuration, categories; None when it sees whole frames."""
+    """The detector that a RICE sees a live through: model, configuration, categories; None: it sees whole frames."""
     if checkpoint["config"]["view"] == "frame":
         return None
     found = read_checkpoint(detector) if detector else checkpoint.get("detector")
     if not found:
-        raise BadInput(f"{path} was trained on true boxes and holds no detector: name one with --detector runs/tiny/md.pt")
+        raise BadInput(f"{path} was trained on true boxes and holds no detector: name one with --detector "
+                       "runs/tiny/md.pt")
     if found["config"]["stage"] == "rice":
         raise BadInput(f"--detector {detector}: expected a checkpoint of --stage sd or md")
     return restore(found, device)[0], found["config"] | {"workers": 0}, found["categories"]
 
 
 @torch.no_grad()
-def answer_clip(recording, embedder, finder, shop, most, rerank):
+def answer_clip(recording, embedder, finder, shop, feature, most, rerank):
     """One window of a recording -> its boxes as PairSet wants them, and its first `most` images [(name, score)]; the PMD
     scores the first `rerank` of them."""
     boxes = finder and seen_through(predict(*finder, recording, embedder.device), finder[1]["stage"], 1)
-    clip, tokens, padding, seen = embedder.embed(embedder.clips(recording, boxes), [0])          # [1,D], [1,R,W], [1,R], [1]
+    clip, tokens, padding, seen = embedder.embed(embedder.clips(recording, boxes), [0])      # [1,D], [1,R,W], [1,R], [1]
     if not seen.any():
         return boxes, []
-    scores, (first,) = nearest(embedder.model.scale() * clip, shop.feature, rerank or most)      # [1,n], [n]
+    scores, (first,) = nearest(embedder.model.scale() * clip, feature, rerank or most)           # [1,n], [n]
     if rerank:
-        pictures = embedder.shop(shop.read, shop.titles, shop.names)
-        image_tokens = embedder.embed(pictures, first.tolist())[1]                               # [n,1+P+1,W]
+        image_tokens = embedder.embed(shop, first.tolist())[1]                                   # [n,1+P+1,W]
         scores = scores + embedder.rerank(scores, image_tokens, tokens, padding, len(first))     # [1,n]
     order = scores[0].argsort(descending=True, stable=True)[:most]
-    return boxes, [(shop.names[int(first[n])], round(float(scores[0, n]), 4)) for n in order]
+    return boxes, [(shop.ids[int(first[n])], round(float(scores[0, n]), 4)) for n in order]
 
 
 def clock(seconds):
@@ -1414,45 +1397,46 @@ def clock(seconds):
 
 
 def recognise(path, options):
-    """Which product of a shop is on sale when: a recording cut into clips of `window` frames, one every `every` seconds
-    (supplement, section 5 (4)), each ranked against the shop's pictures. options: the flags of `main`.
+    """Which product of a shop is on sale when (supplement, section 5 (4)): a recording cut into clips of `window` frames,
+    one every `every` seconds, each ranked against the shop's pictures. options: the flags of `main`.
 
     Writes OUT/answers.jsonl, a line a clip as soon as it is known: {"start", "end" seconds, "boxes" a frame (x1 y1 x2 y2
     score in pixels, or null), "asr", "top": [[image, score]], "margin" between the first two}, a strip of each clip in
-    OUT/clips/, and the sheets OUT/answers-*.png. A run that was stopped goes on after its last line. Memory holds one clip.
+    OUT/clips/, and OUT/answers-*.png. A run that was stopped goes on after its last line. Memory holds one clip.
     """
     checkpoint, device, source = read_checkpoint(path), pick_device(), options.live
-    config, key = checkpoint["config"], fingerprint(checkpoint)
-    config["workers"], rerank = 0, options.rerank or 0
+    config, key, rerank = checkpoint["config"], fingerprint(checkpoint), options.rerank or 0
     if config["stage"] != "rice":
-        raise BadInput(f"--ckpt {path}: a live is recognised by a checkpoint of --stage rice, this one is {config['stage']}")
-    for name, value in (*((name, getattr(options, name)) for name in ("every", "fps", "window", "top")), ("rerank", rerank + 1)):
-        if not 0 < value < math.inf:
+        raise BadInput(f"--ckpt {path}: a live is recognised by a checkpoint of --stage rice, not {config['stage']}")
+    for name in ("every", "fps", "window", "top"):
+        if not 0 < getattr(options, name) < math.inf:
             raise BadInput(f"--{name}: expected a number above 0")
+    if rerank < 0:
+        raise BadInput("--rerank: expected 0 or more")
     if rerank and "pmd" not in config["losses"].split(","):
         raise BadInput(f"--rerank: {path} has no PMD (--losses {config['losses']})")
-    length, said = seconds_of(source, options.fps), read_tabbed(options.asr, "seconds", float)
+    config["workers"], length, said = 0, seconds_of(source, options.fps), read_tabbed(options.asr, "seconds", float)
     embedder, finder = Embedder(checkpoint, device), finder_of(path, checkpoint, options.detector, device)
-    shop = open_shop(options.shop, dict(read_tabbed(options.titles, "image")), embedder, key)
+    shop, feature = open_shop(options.shop, dict(read_tabbed(options.titles, "image")), embedder, key)
     out = data.output_folder(options.out or "runs/live")
     settings = {name: getattr(options, name) for name in ("every", "window", "top", "fps", "asr", "titles", "detector")}
-    settings |= {"live": str(Path(source).resolve()), "shop": str(shop.folder.resolve()), "checkpoint": key, "rerank": rerank}
-    answers = answers_before(out, settings)
+    settings |= {"live": str(Path(source).resolve()), "shop": str(Path(options.shop).resolve()), "checkpoint": key}
+    answers = answers_before(out, settings | {"rerank": rerank})
     start = answers[-1]["end"] if answers else 0.0
     stream = frames_of(source, options.every, options.fps, start)
     with open(out / "answers.jsonl", "a", encoding="utf-8") as file, \
             tqdm(total=round(length), initial=round(start), unit="s", desc=f"recognise {Path(source).name}") as bar:
         while pictures := list(itertools.islice(stream, options.window)):
             end = start + len(pictures) * options.every
-            recording = Recording(source, pictures, " ".join(text for second, text in sorted(said) if start <= second < end))
-            boxes, best = answer_clip(recording, embedder, finder, shop, max(options.top, 2), rerank)
-            drawn = [None] * len(pictures)
-            for t, row in zip(boxes["position"], boxes["box"]) if boxes else ():
-                drawn[t] = [round(float(v), 2) for v in row[:4]] + [round(float(row[4]), 4)] if row[4] >= 0 else None
+            words = " ".join(text for second, text in sorted(said) if start <= second < end)
+            recording, drawn = Recording(source, pictures, words), [None] * len(pictures)
+            boxes, best = answer_clip(recording, embedder, finder, shop, feature, max(options.top, 2), rerank)
+            for t, (*xyxy, score, _) in zip(boxes["position"], boxes["box"].tolist()) if boxes else ():
+                drawn[t] = [*(round(v, 2) for v in xyxy), round(score, 4)] if score >= 0 else None
             margin = round(best[0][1] - best[1][1], 4) if len(best) > 1 else None
-            answers.append({"start": start, "end": end, "boxes": drawn, "asr": recording.asr, "top": best[:options.top],
+            answers.append({"start": start, "end": end, "boxes": drawn, "asr": words, "top": best[:options.top],
                             "margin": margin})
-            clip_strip(recording, 0, boxes).save(out / "clips" / f"{len(answers) - 1:06d}.jpg", quality=90)
+            clip_strip(recording, 0, boxes).save(strip_of(out, answers[-1]), quality=90)
             file.write(json.dumps(answers[-1], ensure_ascii=False) + "\n")
             file.flush()
             bar.set_postfix_str(f"{clock(start)} {best[0][0] if best else 'nothing readable'}", refresh=False)
@@ -1460,58 +1444,59 @@ def recognise(path, options):
             start = end
     if not answers:
         raise BadInput(f"--live {source}: no frame in it")
-    show_answers(answers, out, shop, options.window)
+    print(f"\n{len(answers)} clips of {options.window} frames, {len(shop.ids)} shop images; clips in a row with the same "
+          "answer are one line\n")
+    show_answers(answers, out, shop)
+
+
+def strip_of(out, answer):
+    return out / "clips" / f"{answer['start']:.3f}.jpg"
 
 
 def answers_before(out, settings):
     """The whole lines that a stopped run left in `out`, which is made ready; BadInput when it asked for something else."""
     data.output_folder(out / "clips")
-    about, log, answers = out / "settings.json", out / "answers.jsonl", []
+    about, log, answers, other = out / "settings.json", out / "answers.jsonl", [], []
     if about.exists() and log.exists():
         try:
             before = json.loads(about.read_text(encoding="utf-8"))
             other = [f"{name}: {before.get(name)} there, {value} here" for name, value in settings.items()
                      if before.get(name) != value]
-            lines = [line for line in log.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
-            answers = [json.loads(line) for line in lines]
+            lines = log.read_text(encoding="utf-8").splitlines(True)
+            answers = [json.loads(line) for line in lines if line.endswith("\n")]
             if not all(isinstance(answer["end"], float) for answer in answers):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadInput(f"{log}: not what an earlier run wrote; remove it, or give another --out") from None
-        if other:
-            raise BadInput(f"{log} answers another question ({'; '.join(other)}); give another --out, or remove it")
+    if other:
+        raise BadInput(f"{log} answers another question ({'; '.join(other)}); give another --out, or remove it")
     write_json(about, settings)
     with data.whole(log) as part:
-        Path(part).write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        Path(part).write_text("".join(lines), encoding="utf-8")
     return answers
 
 
-def show_answers(answers, out, shop, window):
+def show_answers(answers, out, shop):
     """Clips in a row with the same first image are one line of the table, and one row of the sheets: that of the surest."""
-    def mean(values):
-        values = [value for value in values if value is not None]
-        return sum(values) / len(values) if values else None
+    lines, rows = [], []
+    for name, clips in itertools.groupby(answers, lambda clip: clip["top"][0][0] if clip["top"] else "(nothing readable)"):
+        clips = list(clips)
+        start, end = clock(clips[0]["start"]), clock(clips[-1]["end"])
+        scores = [clip["top"][0][1] for clip in clips if clip["top"]]
+        margins = [clip["margin"] for clip in clips if clip["margin"] is not None]
+        means = (sum(values) / len(values) if values else None for values in (scores, margins))
+        lines.append((name, start, end, str(len(clips)), *means, shop.titles.get(name, "")[:40]))
+        rows.append((max(clips, key=lambda clip: clip["margin"] or 0), f"{start} - {end}"))
+    print(table(("product", "from", "to", "clips", "score", "margin", "title"), lines))
 
-    def row(numbers):
-        n = max(numbers, key=lambda n: answers[n]["margin"] or 0)
-        with Image.open(out / "clips" / f"{n:06d}.jpg") as strip:
-            strip = strip.convert("RGB")
-        shown = [(picture_of(shop.read, name), f"{score:.1f} {shop.titles.get(name) or name}", BORDERS[None])
-                 for name, score in answers[n]["top"]]
-        return ranking_row(strip, answers[n]["asr"], shown, f"{clock(answers[numbers[0]]['start'])} - "
-                                                            f"{clock(answers[numbers[-1]]['end'])}")
+    def drawn(clip, when):
+        images = [(picture_of(shop.read, name), f"{score:.1f} {shop.titles.get(name) or name}", BORDERS[None])
+                  for name, score in clip["top"]]
+        with Image.open(strip_of(out, clip)) as strip:
+            return ranking_row(strip.convert("RGB"), clip["asr"], images, when)
 
-    def first(n):
-        return answers[n]["top"][0] if answers[n]["top"] else ("(nothing readable)", None)
-
-    segments = [list(numbers) for _, numbers in itertools.groupby(range(len(answers)), lambda n: first(n)[0])]
-    print(f"\n{len(answers)} clips of {window} frames, {len(shop.names)} shop images; clips in a row with the same answer are "
-          "one line\n")
-    print(table(("product", "from", "to", "clips", "score", "margin", "title"), [
-        (first(numbers[0])[0], clock(answers[numbers[0]]["start"]), clock(answers[numbers[-1]]["end"]), str(len(numbers)),
-         mean([first(n)[1] for n in numbers]), mean([answers[n]["margin"] for n in numbers]),
-         shop.titles.get(first(numbers[0])[0], "")[:40]) for numbers in segments]))
-    paths = pages(map(row, watch(segments, "draw answers")), out, "answers")
+    paths = pages(itertools.starmap(drawn, watch(rows, "draw answers")), out, "answers")
     print(f"\nanswers: {out / 'answers.jsonl'}\npictures: {', '.join(map(str, paths))}")
 
 
@@ -1522,14 +1507,14 @@ def flags():
     """The flags of the command."""
     parser = data.Parser(description="Evaluate a checkpoint of train.py: Table 1 for a detector, Table 2 for RICE.")
     add = parser.add_argument
-    add("--ckpt", required=True, nargs="+", metavar="FILE", help="checkpoint, e.g. runs/tiny/md.pt; it knows its stage and "
-        "configuration. Several (or a pattern): one row per configuration, mean and deviation over seeds")
+    add("--ckpt", required=True, nargs="+", metavar="FILE", help="checkpoint, e.g. runs/tiny/md.pt; it knows its stage "
+        "and configuration. Several (or a pattern): one row per configuration, mean and deviation over seeds")
     add("--data", help="data folder in the LPR4M layout (default: the one it was trained on)")
     add("--split", default="test", choices=["test", "val"], help="which lives (default: test)")
-    add("--out", help="folder for the picture and the cached boxes (default: the checkpoint's; with --live: runs/live)")
+    add("--out", help="folder for pictures and cached boxes (default: the checkpoint's; with --live: runs/live)")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--json", help="write every number to this file too")
-    add("--rerank", type=int, help="how many first images the PMD scores (default: as configured, 20; with --live: 0)")
+    add("--rerank", type=int, help="how many first images the PMD scores (default: as configured; with --live: 0)")
     add("--workers", type=int, help="processes that load pictures (default: as in training)")
     add = parser.add_argument_group("pictures of a test set").add_argument
     add("--pictures", metavar="DIR", help="draw the hardest misses, hits, and for RICE what it attends to")
@@ -1559,7 +1544,7 @@ def tables_and_pictures(paths, options):
         return
     result, look, _ = runs[0]
     if len(paths) > 1:
-        result = compare(runs, options.markdown) | {"runs": [run[0] for run in runs]}
+        result, drawn = compare(runs, options.markdown) | {"runs": [run[0] for run in runs]}, []
     else:
         show(result, options.markdown)
     if options.json:
@@ -1570,9 +1555,10 @@ def tables_and_pictures(paths, options):
         drawn = draw_comparison([look, runs[1][1]], shown, options.pictures, options.n)
     elif options.pictures:
         drawn = draw_misses_and_hits(look, options.pictures, options.n)
-        drawn.append(draw_curves(Path(paths[0]).with_suffix(".jsonl"), Path(options.pictures) / "curves.png", runs[0][0]))
-    else:
-        drawn = [draw_examples(look, options.out or Path(paths[0]).parent)] if len(paths) == 1 else []
+        curves = Path(options.pictures) / "curves.png"
+        drawn.append(draw_curves(Path(paths[0]).with_suffix(".jsonl"), curves, runs[0][0]))
+    elif len(paths) == 1:
+        drawn = [draw_examples(look, options.out or Path(paths[0]).parent)]
     print(*(f"\npicture: {path}" for path in drawn if path), sep="")
 
 

@@ -84,15 +84,15 @@ def test_the_shop_is_embedded_once_and_anew_where_it_changed(run_one, recording,
     monkeypatch.setattr(evaluation.Embedder, "embed", counted)
     embedder = evaluation.Embedder(evaluation.read_checkpoint(run_one / "rice.pt"), torch.device("cpu"))
     again = lambda key="a" * 64: evaluation.open_shop(shop, {}, embedder, key)
-    before = again()
-    assert embedded == [4] and len(before.names) == len(before.feature) == 4
-    assert torch.equal(again().feature, before.feature) and embedded == [4]
-    Image.new("RGB", (40, 30), "red").save(shop / before.names[-1])
+    before, features = again()
+    assert embedded == [4] and len(before) == len(features) == 4
+    assert torch.equal(again()[1], features) and embedded == [4]
+    Image.new("RGB", (40, 30), "red").save(shop / before.ids[-1])
     (shop / "broken.png").write_bytes(b"no picture")
-    after = again()
-    assert embedded == [4, 2] and len(after.names) == len(after.feature) == 4 and "broken.png" not in after.names
-    for name, row in zip(before.names, before.feature):
-        assert torch.equal(after.feature[after.names.index(name)], row) == (name != before.names[-1])
+    after, changed = again()
+    assert embedded == [4, 2] and len(after) == len(changed) == 4 and "broken.png" not in after.ids
+    for name, row in zip(before.ids, features):
+        assert torch.equal(changed[after.ids.index(name)], row) == (name != before.ids[-1])
     again("b" * 64)
     assert embedded == [4, 2, 5]
     (kept,) = tmp_path.glob(f".shop-{'b' * 12}.npz")
