@@ -10,9 +10,9 @@
 Data flow:  checkpoint -> model -> one box a frame for every frame of the split -> AP
                                 -> one embedding a clip and a shop image -> similarity -> rank-k in each live's gallery
 
-Letters: Q clips (queries), M shop images, G true boxes, F frames, D embedding, T frames of a clip, P patches of a picture,
-R tokens of a clip, W their width. Boxes are xyxy in the annotation's pixels: those of the picture on disk, unless its side
-file tells an original size.
+Letters: Q clips (queries), M shop images, G true boxes, F frames, D embedding, T frames of a clip, P patches of a
+picture, R tokens of a clip, W their width. Boxes are xyxy in the annotation's pixels: those of the picture on disk,
+unless its side file tells an original size.
 """
 import contextlib
 import functools
@@ -53,11 +53,10 @@ AREAS = {"all": (0, 1e10), "small": (0, 32 ** 2), "medium": (32 ** 2, 96 ** 2), 
 def average_precision(truth, detections):
     """COCO's box AP: 10 IoU thresholds, 101 recall points, 100 detections an image and category, mean over categories.
 
-    truth: dict of arrays image [G], category [G], box_xyxy [G,4]; detections: the same and score, a row each. Equal scores
-    keep the order of images. Give every row the same category for the class-agnostic figure. A detection matches the free
-    true box of highest IoU. Categories without a true box do not count.
-    -> AP, AP50, AP75, APsmall, APmedium, APlarge (-1 where the size has no true box), AR1, AR10, AR100, ARsmall,
-    ARmedium, ARlarge, per_category {category: AP}. No detections give 0; no true boxes at all raise ValueError.
+    truth: dict of arrays image [G], category [G], box_xyxy [G,4]; detections: the same and score, a row each. Equal
+    scores keep the order of images. One category in all rows gives the class-agnostic figure. A category without a true
+    box does not count. -> AP, AP50, AP75, APsmall, APmedium, APlarge (-1 where the size has no true box), AR1, AR10,
+    AR100, ARsmall, ARmedium, ARlarge, per_category {category: AP}; ValueError when there is no true box at all.
     """
     truth, detections = ({name: np.asarray(value) for name, value in side.items()} for side in (truth, detections))
     if not len(truth["image"]):
@@ -82,10 +81,10 @@ def average_precision(truth, detections):
 
 
 def _curves(true, found):
-    """One category's {size of box: precision at 101 recalls [10,101], recall of the first 1, 10, 100 of an image [3,10]}."""
+    """One category: {size of box: (precision at 101 recalls [10,101], recall by 1, 10, 100 boxes an image [3,10])}."""
     t_order, d_order = np.argsort(true["image"], kind="stable"), np.lexsort((-found["score"], found["image"]))
     t_image, d_image = true["image"][t_order], found["image"][d_order]
-    rank = np.arange(len(d_image)) - np.searchsorted(d_image, d_image)                  # place in its image, the surest first
+    rank = np.arange(len(d_image)) - np.searchsorted(d_image, d_image)         # place in its image, the surest first
     d_order, d_image, rank = (x[rank < 100] for x in (d_order, d_image, rank))
     t_box, d_box = (side["box_xyxy"][order].reshape(-1, 4).astype(np.float64)
                     for side, order in ((true, t_order), (found, d_order)))
@@ -111,11 +110,8 @@ def _curves(true, found):
 
 
 def _greedy(pair_d, pair_t, iou, rank, ignored):
-    """Match best detections first, all images at once: round r gives every image's r-th detection its best free box.
-
-    A box that is ignored is taken only when none that counts is left, of equal ones the last, as pycocotools does.
-    -> whether a detection is matched at each threshold [10,detections], whether to an ignored box
-    """
+    """Match best detections first: round r gives every image's r-th detection its best free box, an ignored one only
+    when no other is left, of equal ones the last (as pycocotools). -> matched [10,F], to an ignored box [10,F]."""
     order = np.lexsort((-pair_t, -iou, ignored[pair_t], pair_d, rank[pair_d]))
     pair_d, pair_t, iou = pair_d[order], pair_t[order], iou[order]
     rounds = np.searchsorted(rank[pair_d], np.arange(rank.max(initial=-1) + 2))
@@ -131,7 +127,7 @@ def _greedy(pair_d, pair_t, iou, rank, ignored):
 
 
 def precision_at_recalls(right, shown, total):
-    """Detections best first, right [L,D] and shown [L,D] of them so far, total true boxes -> precision, made to fall, [L,101]."""
+    """right [L,F], shown [L,F]: how many there are among the first; of `total` -> precision made to fall [L,101]."""
     precision = np.maximum.accumulate((right / np.maximum(shown, 1))[:, ::-1], 1)[:, ::-1]
     return np.stack([np.append(row, 0)[np.searchsorted(recall, np.linspace(0, 1, 101))]
                      for row, recall in zip(precision, right / total)])
@@ -154,11 +150,8 @@ def rank_k(similarity, positive, gallery=None, ks=(1, 5, 10)):
 
 
 def first_true(similarity, positive, gallery=None):
-    """How many images stand before the first true one in each query's ranking: [Q]. Arguments as in rank_k.
-
-    Ties count against us. A query without a true image in its gallery, or whose scores are not finite (no prediction),
-    never finds one: its place is beyond every k.
-    """
+    """How many images stand before the first true one in each query's ranking: [Q]. Arguments as in rank_k. Ties count
+    against us; without a true image in the gallery, or a finite score (no prediction), the place is beyond every k."""
     similarity, positive = np.asarray(similarity), np.asarray(positive, bool)
     gallery = np.ones_like(positive) if gallery is None else np.asarray(gallery, bool)
     known = np.isfinite(similarity)
@@ -169,11 +162,11 @@ def first_true(similarity, positive, gallery=None):
 
 @torch.no_grad()
 def nearest(queries, images, k, block=1024, wide=8192, group=32):
-    """The k images of the greatest product with each query, exactly: queries [Q,D], images [M,D] -> scores and places, both
-    [Q,min(k,M)].
+    """The k images of the greatest product with each query, exactly: queries [Q,D], images [M,D] -> scores and places,
+    both [Q,min(k,M)]. Memory is one block of products, however many images there are.
 
-    Memory is one block of products, however many images there are. The k greatest of a row lie in the k groups of columns
-    with the greatest maxima, and maxima of groups are found much faster than the order of all columns.
+    The k greatest of a row lie in the k groups of columns with the greatest maxima, and maxima of groups are found much
+    faster than the order of all columns.
     """
     found, k = [], min(k, len(images))
     for q in queries.split(block):
@@ -195,7 +188,8 @@ def nearest(queries, images, k, block=1024, wide=8192, group=32):
 
 # ------------------------------------------------------------------ checkpoints and processes
 
-WEIGHTLESS = {"workers", "save_every", "log_every", "eval_every", "out", "detectors", "init"}  # fields that change no weight
+# Fields of a configuration that change no weight.
+WEIGHTLESS = {"workers", "save_every", "log_every", "eval_every", "out", "detectors", "init"}
 
 
 def build(config, classes, vocab):
@@ -266,9 +260,8 @@ def start_processes():
 def fresh_part(store, rank, world):
     """The part of torchrun's store that belongs to this start of the job.
 
-    After --max-restarts has started the processes again, the store still holds the addresses of those that are gone, and
-    who reads one waits for the dead. So the first process names a part and hands the name to whoever lives: it answers
-    every question in the store, the dead ones' too, until all the others have taken their answer.
+    After a restart the store still holds the addresses of the dead, and who reads one waits for them. So the first
+    process names a part and answers every question in the store, the dead ones' too, until all others have the name.
     """
     mine = uuid.uuid4().hex
     if rank:
@@ -298,14 +291,6 @@ def everyones(value):
     return parts
 
 
-def gather_rows(rows, *keys):
-    """Arrays of every process, joined and ordered by `keys` (the sample's numbers): the same on any number of processes."""
-    parts = [part for part in everyones(rows) if part]             # a process may have had no sample at all
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    order = np.lexsort([joined[key] for key in reversed(keys)])
-    return {name: value[order] for name, value in joined.items()}
-
-
 def watch(batches, text):
     """A progress bar on the first process."""
     return tqdm(batches, desc=text, unit="", leave=False, delay=1, disable=not is_first())
@@ -320,16 +305,16 @@ VOTE = 2.0            # weight of the vote; on val lives 0.5, 1, 2, 4, 8 gave AP
 def predict(model, config, categories, lives, device, every_frame=True):
     """One box for every frame of a split, by SD, and when `model` is MD by MD and by its two controls.
 
-    -> arrays over frames, by clip and place in it: clip [F], position [F], and for each method [F,6] = x1 y1 x2 y2 in the
-    annotation's pixels, score (-1: the frame cannot be read, there is no box), class. every_frame=False takes only
-    `frames` of each clip, at even intervals, and leaves the controls out: what RICE needs to train.
+    -> arrays over frames: clip [F], position in it [F], and for each method [F,6] = x1 y1 x2 y2 in the annotation's
+    pixels, score (-1: the frame cannot be read, there is no box), class. every_frame=False takes only `frames` of each
+    clip, at even intervals, and leaves the controls out: what RICE needs to train.
     """
     dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], False,
                                 every_frame=every_frame)
     if not len(dataset):
         raise BadInput(f"{lives.root}: the clips of the {lives.split} split have no frames")
-    # A ResNet lets padding leak across a picture's edge, so what a clip is padded with must not depend on its neighbours
-    # in a batch, that is on the number of processes: it goes alone. With the small backbone padding changes nothing.
+    # A ResNet lets padding leak across a picture's edge, so what a clip is padded with must not depend on its
+    # neighbours in a batch, that is on the number of processes: it goes alone. The small backbone does not mind.
     pixels = config["frames"] * config["shortest"][1] * config["longest"]
     together = max(1, 10 ** 6 // pixels) if config["backbone"] == "small" else 1
     shard = data.ShardSampler(range(len(dataset)), together, *start_processes())
@@ -351,12 +336,16 @@ def predict(model, config, categories, lives, device, every_frame=True):
             new[name] = torch.cat([xyxy, score[:, None], category[:, None]], 1)
         for name, value in new.items():
             rows.setdefault(name, []).append(value.numpy())
-    return gather_rows({name: np.concatenate(value) for name, value in rows.items()}, "clip", "position")
+    # In the order of the split on any number of processes, of which some may have had no clip.
+    parts = [part for part in everyones({name: np.concatenate(value) for name, value in rows.items()}) if part]
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.lexsort((rows["position"], rows["clip"]))
+    return {name: value[order] for name, value in rows.items()}
 
 
 def answers_of(model, frames, padding, valid, controls):
-    """{method: (logits [B,T,N,K], boxes [B,T,N,4])} of a batch: "sd", "md", and MD's controls "md1" (each frame as its own
-    clip) and "vote" (SD, and a clip's frames vote on the category, which needs no training)."""
+    """{method: (logits [B,T,N,K], boxes [B,T,N,4])} of a batch: "sd", "md", and MD's controls "md1" (each frame as its
+    own clip) and "vote" (SD, and a clip's frames vote on the category, which needs no training)."""
     if not isinstance(model, detect.MD):
         logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
         return {"sd": tuple(x[-1].unflatten(0, valid.shape) for x in (logits, boxes))}
@@ -373,8 +362,8 @@ def answers_of(model, frames, padding, valid, controls):
 def vote(logits, valid):
     """SD's logits [B,T,N,K] with what the clip's other frames say about the category added; valid [B,T].
 
-    A frame's evidence for a class is the log of its best score for it, normalised over classes; each frame hears the mean
-    of the others. What MD gains beyond this control is more than a vote on the category.
+    A frame's evidence for a class is the log of its best score for it, normalised over classes; each frame hears the
+    mean of the others. What MD gains beyond this control is more than a vote on the category.
     """
     best = logits.sigmoid().amax(2)                                                              # [B,T,K]
     evidence = (best / best.sum(-1, keepdim=True)).log() * valid[..., None]                      # [B,T,K]
@@ -410,7 +399,8 @@ def predicted_boxes(checkpoint, lives, folder, device, every_frame=True):
 
 def seen_through(rows, name, clips):
     """Rows of `predict` as PairSet wants them: {"start" [clips+1], "position" [F], "box" [F,6]}."""
-    return {"start": np.searchsorted(rows["clip"], np.arange(clips + 1)), "position": rows["position"], "box": rows[name]}
+    start = np.searchsorted(rows["clip"], np.arange(clips + 1))
+    return {"start": start, "position": rows["position"], "box": rows[name]}
 
 
 # ------------------------------------------------------------------ Table 1
@@ -440,8 +430,8 @@ def table(header, rows, markdown=False, bold=()):
 
 
 def truth_of(rows, lives, categories):
-    """The true boxes of the frames in `rows`, as average_precision wants them: image [G] is the place in rows, category -1
-    is not told. -> truth, and how each frame was staged [F] ("": not told)."""
+    """The true boxes of the frames in `rows` for average_precision (image: place in rows; category -1: not told), and
+    how each frame was staged [F] ("": not told)."""
     numbers = {raw: k for k, raw in enumerate(categories)}
     frame_of = {(int(c), int(t)): f for f, (c, t) in enumerate(zip(rows["clip"], rows["position"]))}
     frame, category, box, kinds = [], [], [], np.full(len(rows["clip"]), "", object)
@@ -461,9 +451,9 @@ def truth_of(rows, lives, categories):
 
 
 def score_detections(rows, lives, categories):
-    """Table 1 of each method in `rows`, in percent: {method: {"class-agnostic": {column: AP}, "per category": {column: AP},
-    "hit": share of boxes found, "category": share named right, "kinds": {kind of frame: ...}}}, what was counted, and per
-    method what `ap50` needs: clip [F], score [F], hit [F] (IoU 0.5 or more), and true [Q], the boxes of each clip."""
+    """Table 1 of each method in `rows`, in percent: {method: {"class-agnostic": {column: AP}, "per category": ...,
+    "hit": share of boxes found, "category": share named right, "kinds": {kind of frame: ...}}}, what was counted, and
+    per method what `ap50` needs: clip [F], score [F], hit [F] (IoU 0.5 or more), true [Q], the boxes of each clip."""
     truth, kinds = truth_of(rows, lives, categories)
     frame, told = truth["image"], (truth["category"] >= 0).all()
     video_ids = [lives.video_ids[c] for c in rows["clip"]]
@@ -503,8 +493,9 @@ def row_of_table_1(truth, found, parts):
     return row
 
 
-def show_table_1(results, counts, markdown=False):
+def show_table_1(result, markdown=False):
     """Print Table 1, and how often a box is right by the kind of frame."""
+    results, counts = result["results"], result["counts"]
     print(f"\nTable 1, one box a frame ({counts['clips']} clips, {counts['frames']} frames, {counts['boxes']} boxes, "
           f"missing={counts['missing']}); AP50 from the fourth column on\n")
     rows = [(f"{LABELS[m]}, {view}", *r[view].values()) for view in ("class-agnostic", "per category")
@@ -571,9 +562,7 @@ class Embedder:
     @torch.no_grad()
     def rerank(self, similarity, images, clips, padding, top, together=8):
         """ICL similarity [Q,M] -> the PMD's score of the first `top` images of each clip [Q,M]; the others are -inf.
-
-        images [M,1+P+1,W] and clips [Q,R,W] are tokens, padding [Q,R]; `together` clips are scored at a time.
-        """
+        images [M,1+P+1,W] and clips [Q,R,W] are tokens, padding [Q,R]; `together` clips are scored at a time."""
         scores = torch.full_like(similarity, -math.inf)
         best = similarity.argsort(dim=1, descending=True, stable=True)[:, :top]                      # [Q,top]
         for q in torch.arange(len(best), device=best.device).split(together):
@@ -587,21 +576,20 @@ class Embedder:
 def rank_live(embedder, lives, live, clips, sources):
     """One live: its clips (numbers) against its own gallery, for every source of boxes.
 
-    -> {"live", "clips", "ids" of the gallery, "positive" [Q,M], "score": {source: {"icl": [Q,M], "pmd": ..., "fused": ...}},
-    "place": {source: {"icl": [Q], ...}}, how many images stand before the first true one, and what could not be read}
+    -> {"live", "clips", "ids" of the gallery, "positive" [Q,M], "score": {source: {"icl": [Q,M], "pmd": ..., "fused":
+    ...}}, "place": {source: {"icl": [Q], ...}}, how many images stand before the first true one, and what is unread}
     """
     ids = list(dict.fromkeys(lives.galleries.get(live, [])))
     true = [set(lives.positives.get(lives.video_ids[q], [])) for q in clips]
     positive = np.array([[i in images for i in ids] for images in true], bool).reshape(len(clips), len(ids))
-    readable, seen, score = torch.ones(len(ids), dtype=torch.bool), torch.from_numpy(lives.lengths[clips] > 0), {}
+    readable, seen = torch.ones(len(ids), dtype=torch.bool), torch.from_numpy(lives.lengths[clips] > 0)
+    score = {source: dict.fromkeys(embedder.scores, np.zeros(positive.shape)) for source in sources}
     if ids:
         shop = embedder.shop(lives.image, lives.titles, ids)
-        image, image_tokens, readable = embedder.embed(shop, range(len(ids)))                    # [M,D], [M,1+P+1,W], [M]
-    for source, boxes in sources.items():
-        if not ids:
-            score[source] = dict.fromkeys(embedder.scores, np.zeros(positive.shape))
-            continue
-        clip, tokens, padding, seen = embedder.embed(embedder.clips(lives, boxes), clips)        # [Q,D], [Q,R,W], [Q,R], [Q]
+        image, image_tokens, readable = embedder.embed(shop, range(len(ids)))                # [M,D], [M,1+P+1,W], [M]
+    for source, boxes in sources.items() if ids else ():
+        pairs = embedder.clips(lives, boxes)
+        clip, tokens, padding, seen = embedder.embed(pairs, clips)                          # [Q,D], [Q,R,W], [Q,R], [Q]
         scores = {"icl": embedder.model.scale() * clip @ image.T}                                # [Q,M]
         if "pmd" in embedder.scores:
             scores["pmd"] = embedder.rerank(scores["icl"], image_tokens, tokens, padding, embedder.config["rerank"])
@@ -615,7 +603,7 @@ def rank_live(embedder, lives, live, clips, sources):
 
 
 def box_sources(checkpoint, lives, folder, device, every_source):
-    """What RICE can be judged through: {"true", "md", "sd" or "none" (whole frames): boxes}, and which it was trained with."""
+    """What RICE is judged through, {"true", "md", "sd" or "none" (whole frames): boxes}, and which it learnt with."""
     config, sources = checkpoint["config"], {}
     if config["view"] != "frame":
         found = predicted_boxes(checkpoint["detector"], lives, folder, device) if "detector" in checkpoint else {}
@@ -631,8 +619,8 @@ def score_ranking(checkpoint, lives, folder, device, model=None, every_source=Tr
 
     Live by live, so that memory holds one gallery; each process takes its share of the lives. every_source=False: only
     the boxes that the model was trained with. model: that of the checkpoint, when it is built already.
-    -> results {source: {"icl": {"R1": percent, ...}, "pmd": ..., "fused": ...}}, counts, what the picture shows, and the
-    place [Q] of each clip's first true image by each score, for the boxes that the model was trained with.
+    -> results {source: {"icl": {"R1": percent, ...}, "pmd": ..., "fused": ...}}, counts, what the picture shows, and
+    through the boxes of the training the place [Q] of each clip's first true image by each score.
     """
     if not lives.galleries or not lives.positives:
         raise BadInput(f"{lives.root}: the {lives.split} split needs {lives.split}_liveid_to_gallery_*.json and "
@@ -646,7 +634,7 @@ def score_ranking(checkpoint, lives, folder, device, model=None, every_source=Tr
             for member in watch(list(members.items())[rank::world], "rank lives")]
     rows = {row["live"]: row for part in everyones(mine) for row in part}
     rows = [rows[live] for live in members]
-    order = np.argsort(np.concatenate([row["clips"] for row in rows]), kind="stable")          # from lives to the split's clips
+    order = np.argsort(np.concatenate([row["clips"] for row in rows]), kind="stable")       # to the order of the split
     places = {source: {name: np.concatenate([row["place"][source][name] for row in rows])[order]
                        for name in embedder.scores} for source in sources}
     results = {source: {name: shares(place) for name, place in ranked.items()} for source, ranked in places.items()}
@@ -655,11 +643,13 @@ def score_ranking(checkpoint, lives, folder, device, model=None, every_source=Tr
 
 
 def count_ranking(lives, rows, main, places, order):
-    """What Table 2 was counted over, what chance would give, and the parts of it: by live, and by case of rendered data."""
+    """What Table 2 was counted over, what chance would give, and its parts: by live, and by case of rendered data."""
     true = np.concatenate([row["positive"].sum(1) for row in rows])[order]
     images = np.concatenate([np.full(len(row["clips"]), len(row["ids"])) for row in rows])[order]
-    luck = {f"R{k}": 100 * float(np.mean([chance(int(m), int(p), k) for m, p in zip(images, true)])) for k in (1, 5, 10)}
-    counts = {"clips": len(lives), "lives": len(rows), "chance": luck, "missing": sum(row["unread clips"] for row in rows),
+    luck = {k: [chance(int(m), int(p), k) for m, p in zip(images, true)] for k in (1, 5, 10)}
+    counts = {"clips": len(lives), "lives": len(rows),
+              "chance": {f"R{k}": 100 * float(np.mean(each)) for k, each in luck.items()},
+              "missing": sum(row["unread clips"] for row in rows),
               "missing images": sum(row["unread images"] for row in rows), "gallery": float(images.mean()),
               "several true images": int((true > 1).sum()), "source": main, "each live": {}, "cases": {}}
     for row in rows:
@@ -683,12 +673,13 @@ def chance(images, true, k):
     return 1 - math.comb(images - true, k) / math.comb(images, k) if true and k < images else float(true > 0)
 
 
-def show_table_2(results, counts, config, markdown=False):
+def show_table_2(result, markdown=False):
     """Print Table 2, R1 of the cases, and the first lives."""
+    results, counts = result["results"], result["counts"]
     print(f"\nTable 2, rank-k within each live's own gallery ({counts['clips']} clips, {counts['lives']} lives, "
           f"{counts['gallery']:.1f} images a gallery, missing={counts['missing']}, "
           f"missing images={counts['missing images']})\n")
-    names = SCORES | {"pmd": f"PMD on the first {config['rerank']}"}
+    names = SCORES | {"pmd": f"PMD on the first {result['config']['rerank']}"}
     rows = [(f"{SOURCES[source]}, {names[score]}", *values.values())
             for source, scores in results.items() for score, values in scores.items()]
     rows += [("chance", *counts["chance"].values())]
@@ -720,7 +711,7 @@ def compare(runs, markdown=False):
     drawn anew, and seeds too. -> {"rows": [...], "differences": [...]} of plain values.
     """
     if len({json.dumps(samples["live"]) for _, _, samples in runs}) > 1:
-        raise BadInput("--ckpt: these checkpoints were not evaluated on the same clips; name one data folder with --data")
+        raise BadInput("--ckpt: not evaluated on the same clips; name one data folder with --data")
     rows, detectors = rows_of(runs), runs[0][0]["stage"] != "rice"
     names = list(rows[0]["mean"])
     best = np.array([list(row["mean"].values()) for row in rows])
@@ -728,16 +719,16 @@ def compare(runs, markdown=False):
     paper = [(f"paper's {name}", "", *values, None) for name, values in PAPER_1.items()] if detectors else []
     print(f"\nTable {1 if detectors else 2} ({len(runs)} checkpoints, {len(runs[0][2]['live'])} clips; "
           "mean ± standard deviation over seeds)\n")
-    print(table(("", "seeds", *names), [(row["name"], str(len(row["seeds"])), *zip(row["mean"].values(), row["std"].values()))
-                                        for row in rows] + paper, markdown, bold))
+    lines = [(row["name"], str(len(row["seeds"])), *zip(row["mean"].values(), row["std"].values())) for row in rows]
+    print(table(("", "seeds", *names), lines + paper, markdown, bold))
     statistic, headline = (ap50, "AP50") if detectors else (r1, "R1")
     differences, lines = [], []
     for one, other in watch(pairs_of(rows, detectors), "bootstrap"):
         clips, lives = (interval(one["samples"], other["samples"], statistic, by_live) for by_live in (False, True))
-        mean, paper = {name: one["mean"][name] - other["mean"][name] for name in names}, paper_difference(one, other, names)
-        differences.append({"name": f"{one['name']} - {other['name']}", "mean": mean, "clips": clips, "lives": lives,
-                            "paper": paper})
-        lines.append((differences[-1]["name"], *mean.values(), *(f"{low:+.1f} .. {high:+.1f}" for low, high in (clips, lives))))
+        name, paper = f"{one['name']} - {other['name']}", paper_difference(one, other, names)
+        mean = {column: one["mean"][column] - other["mean"][column] for column in names}
+        differences.append({"name": name, "mean": mean, "clips": clips, "lives": lives, "paper": paper})
+        lines.append((name, *mean.values(), *(f"{low:+.1f} .. {high:+.1f}" for low, high in (clips, lives))))
         lines += [("    the paper's", *paper, "", "")] if paper else []
     if differences:
         print(f"\nDifferences; {headline}: 95 % interval over clips and seeds, over lives and seeds\n")
@@ -747,8 +738,8 @@ def compare(runs, markdown=False):
 
 
 def rows_of(runs):
-    """One row per configuration and method: its name (the fields in which configurations differ), its numbers, and by seed
-    the samples to draw from."""
+    """One row per configuration and method: its name (the fields in which configurations differ), its numbers, and the
+    samples of each seed."""
     stages = {result["stage"] for result, *_ in runs}
     if "rice" in stages and len(stages) > 1:
         raise BadInput("--ckpt: detectors and RICE have different tables; evaluate them one after the other")
@@ -765,9 +756,9 @@ def rows_of(runs):
             columns = [columns_of(result, method) for result, _ in members]
             numbers = np.array([list(column.values()) for column in columns], float)
             std = numbers.std(0, ddof=1).tolist() if len(members) > 1 else [None] * len(columns[0])
-            label = (SCORES | LABELS)[method]
-            rows.append({"name": ", ".join([*(f"{name}={config.get(name)}" for name in differing), label]),
-                         "method": method, "group": key, "varied": [(name, str(config.get(name))) for name in differing],
+            varied = [(name, str(config.get(name))) for name in differing]
+            rows.append({"name": ", ".join([*map("=".join, varied), (SCORES | LABELS)[method]]),
+                         "method": method, "group": key, "varied": varied,
                          "seeds": [result["config"]["seed"] for result, _ in members],
                          "mean": dict(zip(columns[0], numbers.mean(0).tolist())), "std": dict(zip(columns[0], std)),
                          "samples": [samples["methods"][method] | {"live": samples["live"]} for _, samples in members]})
@@ -784,18 +775,18 @@ def columns_of(result, method):
 
 
 def pairs_of(rows, detectors):
-    """Which rows are compared: MD with SD and its controls; RICE by one score with the row above, and fused with ICL."""
+    """Which rows are compared: MD with SD and its controls; RICE by a score with the row above, and fused with ICL."""
     pairs = []
     for n, row in enumerate(rows):
         mates = [r for r in rows if r["group"] == row["group"] and r is not row]
         above = [r for r in rows[:n] if r["method"] == row["method"]]
         pairs += [(row, above[-1])] if above and not detectors else []
-        pairs += [(row, r) for r in mates if row["method"] == "md" and detectors or (row["method"], r["method"]) == ("fused", "icl")]
+        pairs += [(row, r) for r in mates if (row["method"], r["method"]) == ("fused", "icl") or row["method"] == "md"]
     return pairs
 
 
 def paper_difference(one, other, names):
-    """The paper's difference between two rows, under the columns where it has both (elsewhere None); None without any."""
+    """The paper's difference between two rows, None under columns that it does not have; None when it has neither."""
     values = [PAPER_1.get(LABELS.get(row["method"])) for row in (one, other)]
     changed = [pair for pair in zip(one["varied"], other["varied"]) if pair[0] != pair[1]]
     if one["method"] == other["method"] and len(changed) == 1:
@@ -805,18 +796,16 @@ def paper_difference(one, other, names):
 
 
 def interval(one, other, statistic, by_live, draws=1000):
-    """95 % interval of mean(one) - mean(other) over their seeds: paired bootstrap over clips, or over whole lives.
-
-    one, other: the samples of each seed. Both sides see the same clips drawn; each side draws its seeds.
-    """
+    """95 % interval of mean(one) - mean(other), the samples of each seed: paired bootstrap over clips, or whole lives.
+    Both sides see the same clips drawn; each side draws its seeds."""
     rng = np.random.default_rng(0)
     lives = np.unique(one[0]["live"], return_inverse=True)[1] if by_live else np.arange(len(one[0]["live"]))
     units = int(lives.max()) + 1
     weights = rng.multinomial(units, np.full(units, 1 / units), draws)[:, lives]                           # [draws,Q]
     means = []
     for side in (one, other):
-        values = np.stack([statistic(sample, weights) for sample in side])                                 # [seeds,draws]
-        means.append(np.take_along_axis(values, rng.integers(len(side), size=values.shape), 0).mean(0))    # [draws]
+        values = np.stack([statistic(sample, weights) for sample in side])                            # [seeds,draws]
+        means.append(np.take_along_axis(values, rng.integers(len(side), size=values.shape), 0).mean(0))   # [draws]
     return np.percentile(means[0] - means[1], [2.5, 97.5]).tolist()
 
 
@@ -826,8 +815,7 @@ def r1(sample, weights):
 
 
 def ap50(sample, weights):
-    """Class-agnostic AP50 of one box a frame, in percent, when clip q counts weights[:,q] times: weights [draws,Q]
-    -> [draws]."""
+    """Class-agnostic AP50 in percent when clip q counts weights[:,q] times: weights [draws,Q] -> [draws]."""
     order = np.argsort(-sample["score"], kind="stable")
     counted = weights[:, sample["clip"][order]]                                                            # [draws,F]
     total = np.maximum(weights @ sample["true"], 1)[:, None]                                               # [draws,1]
@@ -841,8 +829,8 @@ def ap50(sample, weights):
 def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None, every_source=True):
     """Evaluate one checkpoint.
 
-    -> every number as a dict of plain values, what `draw_examples` draws from when the numbers are safe, and what `compare`
-    draws anew: {"live" [Q], "methods": {name: per clip or frame}}.
+    -> every number as a dict of plain values, what `draw_examples` draws from, and what `compare` draws anew: {"live"
+    [Q], "methods": {name: per clip or frame}}.
     """
     start_processes()
     device, checkpoint = pick_device(), read_checkpoint(path)
@@ -867,14 +855,15 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None
         rows = predicted_boxes(checkpoint, lives, out, device)
         results, counts, methods = score_detections(rows, lives, checkpoint["categories"])
         look = detection_look(rows, lives, list(checkpoint["categories"].values()), methods)
-    result = {"stage": config["stage"], "data": str(lives.root), "split": lives.split, "counts": counts, "results": results,
-              "step": checkpoint["step"], "seed": config["seed"], "config": config, "fingerprint": fingerprint(checkpoint)}
+    result = {"stage": config["stage"], "data": str(lives.root), "split": lives.split, "counts": counts,
+              "results": results, "step": checkpoint["step"], "seed": config["seed"], "config": config,
+              "fingerprint": fingerprint(checkpoint)}
     return result, look, {"live": [data.live_of(v) for v in lives.video_ids], "methods": methods}
 
 
 @torch.no_grad()
 def validate(model, checkpoint, folder, device):
-    """The one number by which training is watched, on the val lives: {"AP50": class-agnostic} or {"R1": by ICL}, percent."""
+    """The one number by which training is watched, on the val lives; see headline."""
     config, lives = checkpoint["config"], data.Lives(checkpoint["config"]["data"], "val")
     model.eval()
     if config["stage"] == "rice":
@@ -887,7 +876,7 @@ def validate(model, checkpoint, folder, device):
 
 
 def headline(result):
-    """The one number of an evaluated checkpoint that is watched: {"AP50": class-agnostic} or {"R1": by ICL}, percent."""
+    """The one number that tells how good a model is: {"AP50": class-agnostic} or {"R1": by ICL}, percent."""
     if result["stage"] == "rice":
         return {"R1": result["results"][result["counts"]["source"]]["icl"]["R1"]}
     return {"AP50": result["results"][result["stage"]]["class-agnostic"]["AP50"]}
@@ -895,10 +884,7 @@ def headline(result):
 
 def show(result, markdown=False):
     """Print the table of what `evaluate` returned."""
-    if result["stage"] == "rice":
-        show_table_2(result["results"], result["counts"], result["config"], markdown)
-    else:
-        show_table_1(result["results"], result["counts"], markdown)
+    (show_table_2 if result["stage"] == "rice" else show_table_1)(result, markdown)
 
 
 def write_json(path, value):
@@ -910,40 +896,34 @@ def write_json(path, value):
 # ------------------------------------------------------------------ near-duplicates
 
 
+@torch.no_grad()
 def duplicates(path, folder, threshold, block=2048):
     """Groups of shop images whose feature cosine exceeds the threshold (supplement, section 5 (3)).
 
-    Compared blockwise: memory is the features and one block of cosines. Prints the groups and writes folder/duplicates.txt:
-    image to drop <tab> image it repeats; nothing is deleted. -> groups, lists of image ids
+    Prints the groups and writes folder/duplicates.txt: image to drop <tab> image it repeats; nothing is deleted. Memory
+    is the features and one block of cosines. -> groups, lists of image ids
     """
     checkpoint, device = read_checkpoint(path), pick_device()
     if checkpoint["config"]["stage"] != "rice" or not -1 <= threshold <= 1:
         raise BadInput(f"--ckpt {path} --threshold {threshold}: expected a checkpoint of --stage rice and a cosine")
-    lives = data.Lives.pictures(folder)
+    lives, embedder = data.Lives.pictures(folder), Embedder(checkpoint, device)
     ids = sorted({data._safe_id(name[:-4], f"{folder}/images") for _, _, names in os.walk(lives.root / "images")
                   for name in names if name.endswith((".jpg", ".png"))})
     if not ids:
         raise BadInput(f"{folder}/images: no .jpg and no .png")
-    embedder = Embedder(checkpoint, device)
-    feature, seen = embedder.embed(embedder.shop(lives.image, {}, ids), range(len(ids)), False, "features")  # [M,D], [M]
-    feature = feature.masked_fill(~seen[:, None], 0)
-    first = list(range(len(ids)))                                  # each image's group, named by its first image
-
-    def root(i):
-        while first[i] != i:
-            first[i] = first[first[i]]
-            i = first[i]
-        return i
-
+    shop = embedder.shop(lives.image, {}, ids)
+    feature, seen = embedder.embed(shop, range(len(ids)), False, "features")                     # [M,D], [M]
+    feature, first = feature.masked_fill(~seen[:, None], 0), np.arange(len(ids))      # a group is named by its first
     for start in watch(range(0, len(ids), block), "compare"):
         for low in range(start, len(ids), block):
             cosine = feature[start:start + block] @ feature[low:low + block].T                   # [block,block]
             for i, j in (cosine > threshold).nonzero().tolist():
-                a, b = sorted((root(start + i), root(low + j)))
-                first[b] = a
+                one, other = sorted((first[start + i], first[low + j]))
+                if one != other:
+                    first[first == other] = one
     groups = {}
-    for i in range(len(ids)):
-        groups.setdefault(root(i), []).append(ids[i])
+    for name, group in zip(ids, first.tolist()):
+        groups.setdefault(group, []).append(name)
     groups = [group for group in groups.values() if len(group) > 1]
     for group in groups[:20]:
         print("  ".join(group[:8]) + (f"  ... {len(group)} in all" if len(group) > 8 else ""))
@@ -967,37 +947,36 @@ FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-zenhei.ttc", 
 
 
 @functools.lru_cache
-def font(size=12, plain=True):
+def font(plain=True):
     """Pillow's own font, or one of FONTS; without one strange signs become boxes."""
     for name in () if plain else FONTS:
         with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
+            return ImageFont.truetype(name, 12)
+    return ImageFont.load_default(12)
 
 
-def write(draw, at, text, width, lines=1, size=12, fill=INK):
-    """Text from `at` on, wrapped to `width` pixels and cut after `lines` lines."""
-    rest, shown = " ".join(str(text)[:1000].split()), 0
-    letters = font(size, rest.isascii())
-    while rest and shown < lines:
-        fits = next((n for n in range(1, len(rest)) if letters.getlength(rest[:n + 1]) > width), len(rest))
-        last, space = shown + 1 == lines, rest.rfind(" ", 1, fits + 1)
+def write(draw, at, text, width, lines=1, fill=INK):
+    """Text from `at` on, wrapped to `width` pixels and cut after `lines` lines of 15 pixels."""
+    rest = " ".join(str(text)[:1000].split())
+    letters = font(rest.isascii())
+    for n in range(lines):
+        fits = next((k for k in range(1, len(rest)) if letters.getlength(rest[:k + 1]) > width), len(rest))
+        last, space = n + 1 == lines and fits < len(rest), rest.rfind(" ", 1, fits + 1)
         cut = space if fits < len(rest) and space > 0 and not last else fits
-        line = rest[:max(1, cut - 2)] + "..." if last and fits < len(rest) else rest[:cut]
-        draw.text((at[0], at[1] + shown * (size + 3)), line, fill, letters)
-        rest, shown = rest[cut:].lstrip(), shown + 1
+        line = rest[:max(1, cut - 2)] + "..." if last else rest[:cut]
+        draw.text((at[0], at[1] + 15 * n), line, fill, letters)
+        rest = rest[cut:].lstrip()
 
 
 def caption(text, width, lines=1, fill=INK):
     """A text as a picture of its own, to be joined to another."""
     picture = Image.new("RGB", (width, 15 * lines + 2), "white")
-    write(ImageDraw.Draw(picture), (2, 1), text, width - 4, lines, fill=fill)
+    write(ImageDraw.Draw(picture), (2, 1), text, width - 4, lines, fill)
     return picture
 
 
 def fit(picture, size, boxes=()):
-    """A picture fitted into (w, h) pixels, centred on white, with boxes [(xyxy in its pixels, colour)] drawn on it; true
-    boxes have no colour and are dashed white."""
+    """A picture centred in (w, h) pixels, with boxes [(xyxy in its pixels, colour)]; true ones: None, dashed white."""
     scale = min(size[0] / picture.width, size[1] / picture.height)
     small = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BILINEAR)
     for xyxy, colour in boxes:
@@ -1021,7 +1000,7 @@ def join(pictures, axis, gap=6):
 
 
 def picture_of(read, name):
-    """What read(name) gives (uint8 [3,H,W], of a frame also the size that its boxes are in), grey where it cannot be read."""
+    """What read(name) gives (uint8 [3,H,W]; of a frame also the size that its boxes are in), grey when unreadable."""
     try:
         pixels = read(name)
     except BadInput:
@@ -1047,55 +1026,56 @@ def pages(rows, folder, name, each=6):
 
 
 def detection_look(rows, lives, names, samples):
-    """How the pictures see an evaluated detector: how to draw clip c, and how many true boxes it missed there [Q]."""
+    """How the pictures see an evaluated detector: how to draw clip c (None when it has no frame; SD's box orange, MD's
+    blue, the true one dashed white), and how many true boxes it missed there [Q]."""
     sample = samples["md" if "md" in samples else "sd"]
-    return {"name": "detections", "hard": sample["true"] - np.bincount(sample["clip"], sample["hit"], len(lives)),
-            "row": lambda c, name: detection_row(rows, lives, names, c)}
 
+    def draw(c, name, height=210, most=8):
+        clip, strip, here = lives.clip(c), [], np.flatnonzero(rows["clip"] == c)
+        for f in here[data.even_frames(len(here), most)]:
+            t = int(rows["position"][f])
+            found = {method: rows[method][f] for method in COLOURS if method in rows and rows[method][f, 4] >= 0}
+            boxes = [(box[:4], None) for box in (clip.boxes[t] if clip.boxes else [])]
+            boxes += [(box[:4], COLOURS[method]) for method, box in found.items()]
+            picture = picture_of(lives.frame, clip.frame_ids[t])
+            width = min(4 * height, max(120, round(picture.width * height / picture.height)))   # however long and thin
+            texts = [caption(f"{method.upper()} {names[int(box[5])]} {box[4]:.2f}", width, fill=COLOURS[method])
+                     for method, box in found.items()]
+            kind = caption(clip.kinds[t] if clip.kinds else "", width)
+            strip.append(join([kind, fit(picture, (width, height), boxes), *texts], 1, 0))
+        return join(strip, 0, 4) if strip else None
 
-def detection_row(rows, lives, names, c, height=210, most=8):
-    """A clip's frames with SD's box (orange), MD's (blue) and the true one (dashed white); None when it has no frame."""
-    clip, strip, here = lives.clip(c), [], np.flatnonzero(rows["clip"] == c)
-    for f in here[data.even_frames(len(here), most)]:
-        t = int(rows["position"][f])
-        found = {method: rows[method][f] for method in COLOURS if method in rows and rows[method][f, 4] >= 0}
-        boxes = [(box[:4], None) for box in (clip.boxes[t] if clip.boxes else [])]
-        boxes += [(box[:4], COLOURS[method]) for method, box in found.items()]
-        picture = picture_of(lives.frame, clip.frame_ids[t])
-        width = min(4 * height, max(120, round(picture.width * height / picture.height)))    # however long and thin it is
-        texts = [caption(f"{method.upper()} {names[int(box[5])]} {box[4]:.2f}", width, fill=COLOURS[method])
-                 for method, box in found.items()]
-        kind = caption(clip.kinds[t] if clip.kinds else "", width)
-        strip.append(join([kind, fit(picture, (width, height), boxes), *texts], 1, 0))
-    return join(strip, 0, 4) if strip else None
+    missed = sample["true"] - np.bincount(sample["clip"], sample["hit"], len(lives))
+    return {"name": "detections", "hard": missed, "row": draw}
 
 
 def ranking_look(shown, lives, places):
-    """The same for RICE: how to draw clip q, its place in its gallery [Q], and where the model looks."""
+    """The same for RICE: clip q and its first images, the place of the first true one [Q], and where it looks."""
     where = {q: (row, n) for row in shown["rows"] if row["ids"] for n, q in enumerate(row["clips"])}
     score = shown["embedder"].scores[-1]
 
-    def best(q):
+    def ranked(q):
         row, n = where[q]
         scores = row["score"][shown["source"]][score][n]
         return scores, np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable"), row["ids"], row["positive"][n]
 
-    look = {"name": "ranking", "hard": places[score],
-            "row": lambda q, name: test_row(shown, lives, q, *best(q), name) if q in where else None}
-    if hasattr(shown["embedder"].model, "pfr_head"):
-        look["attention"] = lambda q: attention_of(shown, lives, q, best(q)[2][best(q)[1][0]]) if q in where else None
-    return look
+    def draw(q, name):
+        if q not in where:
+            return None
+        scores, order, ids, true = ranked(q)
+        answers = [(m, f"{scores[m]:.1f} " if np.isfinite(scores[m]) else "") for m in order[:5]]
+        if not true[order[:5]].any():
+            answers += [(m, f"place {n}: ") for n, m in enumerate(order, 1) if true[m]][:1]
+        answers = [(picture_of(lives.image, ids[m]), text + lives.titles.get(ids[m], ""), BORDERS[bool(true[m])])
+                   for m, text in answers]
+        return ranking_row(clip_strip(lives, q, shown["boxes"]), lives.clip(q).asr, answers, name)
 
+    def attention(q):
+        _, order, ids, _ = ranked(q)
+        return attention_of(shown, lives, q, ids[order[0]])
 
-def test_row(shown, lives, q, scores, order, ids, true, name):
-    """Clip q, the first five of its gallery, and the true one when it is not among them."""
-    missed = [] if true[order[:5]].any() else [m for m in order[5:] if true[m]][:1]
-    answers = []
-    for m in [*order[:5], *missed]:
-        score = f"{scores[m]:.1f} " if np.isfinite(scores[m]) else ""
-        score = f"place {list(order).index(m) + 1}: " if m in missed else score
-        answers.append((picture_of(lives.image, ids[m]), score + lives.titles.get(ids[m], ""), BORDERS[bool(true[m])]))
-    return ranking_row(clip_strip(lives, q, shown["boxes"]), lives.clip(q).asr, answers, name)
+    look = {"name": "ranking", "hard": places[score], "row": draw}
+    return look | ({"attention": attention} if hasattr(shown["embedder"].model, "pfr_head") else {})
 
 
 def clip_strip(lives, q, boxes, frames=3):
@@ -1125,39 +1105,38 @@ def attention_of(shown, lives, q, first):
     """The attention sheet of clip q and the image `first` that it ranks first; None when no frame can be read."""
     embedder = shown["embedder"]
     shop, clips = embedder.shop(lives.image, lives.titles, [first]), embedder.clips(lives, shown["boxes"])
-    clip, (_, tokens, padding, _) = clips[(0, q)], embedder.embed(clips, [q])
-    if not clip["valid"].any():
+    (_, image_tokens, _), (_, tokens, padding, seen) = embedder.embed(shop, [0]), embedder.embed(clips, [q])
+    if not seen.any():
         return None
-    encoded = embedder.embed(shop, [0])[1], tokens, padding
-    sheet = attention_sheet(embedder.model, clip["frames"], shop[(0, 0)]["image"], encoded)
-    return join([caption(f"{lives.video_ids[q]}: red square, a patch of the shop image ranked first; orange, where in the "
-                         "clip it is rebuilt from", sheet.width, 1 if sheet.width > 800 else 4), sheet], 1, 2)
+    encoded = image_tokens, tokens, padding
+    sheet = attention_sheet(embedder.model, clips[(0, q)]["frames"], shop[(0, 0)]["image"], encoded)
+    text = "red square, a patch of the shop image ranked first; orange, where in the clip it is rebuilt from"
+    return join([caption(f"{lives.video_ids[q]}: {text}", sheet.width, 1 if sheet.width > 800 else 4), sheet], 1, 2)
 
 
 def attention_sheet(model, frames, image, encoded, patches=4):
-    """From where in a clip PFR rebuilds a few patches of a shop image, as heat: "cross-view semantic alignment" to look at.
+    """From where in a clip PFR rebuilds a few patches of a shop image, as heat: "cross-view semantic alignment" to see.
 
     frames uint8 [T,3,S,S] and image uint8 [3,S,S] as RICE saw them; encoded: the image's tokens [1,1+P+1,W], the clip's
     [1,R,W], padding [1,R]. The patches are those with the most detail.
     """
     T, grid = len(frames), model.visual.grid
     _, maps = model.pmd(*encoded, torch.zeros(1, 1, dtype=torch.long, device=encoded[0].device))
-    maps, padding = model.patch_maps(maps, encoded[2], T)
+    maps, padding = model.patch_maps(maps, encoded[2], T)                                    # [1,heads,P,T*P], [1,T*P]
     weight = rice.pfr_weights(maps, model.pfr_head, padding)[0].view(-1, T, grid, grid)          # [P,T,grid,grid]
-    size = image.shape[1] // grid
-    detail = image.float().unfold(1, size, size).unfold(2, size, size).std((3, 4)).mean(0).flatten()   # [P]
-    rows = []
+    size, rows = image.shape[1] // grid, []
+    detail = image.float().unfold(1, size, size).unfold(2, size, size).std((3, 4)).mean(0).flatten()       # [P]
     for p in detail.topk(min(patches, len(detail))).indices.sort().values.tolist():
-        heat = (weight[p] - weight[p].min()) / (weight[p].max() - weight[p].min()).clamp(min=1e-9)     # [T,grid,grid]
+        heat = (weight[p] - weight[p].min()) / (weight[p].max() - weight[p].min()).clamp(min=1e-9)   # [T,grid,grid]
         shop = to_pil_image(image).resize((SIDE, SIDE))
         edges = [round(v * SIDE / grid) for v in (p % grid, p // grid, p % grid + 1, p // grid + 1)]
         ImageDraw.Draw(shop).rectangle(edges, outline=(230, 30, 30), width=3)
         cells = [shop]
         for t in (~padding[0].view(T, -1)).any(1).nonzero()[:, 0].tolist():                      # frames that are there
+            dark = to_pil_image(frames[t]).convert("L").point(lambda light: 0.75 * light).convert("RGB")
+            cells.append(dark.resize((SIDE, SIDE)))
             mask = to_pil_image((200 * heat[t]).byte().cpu()).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-            dark = to_pil_image(frames[t]).convert("L").point(lambda light: 0.75 * light).convert("RGB").resize((SIDE, SIDE))
-            dark.paste((255, 60, 0), mask=mask)
-            cells.append(dark)
+            cells[-1].paste((255, 60, 0), mask=mask)
         rows.append(join(cells, 0, 4))
     return join(rows, 1, 4)
 
@@ -1172,10 +1151,10 @@ def draw_examples(look, folder, count=5):
 def draw_misses_and_hits(look, folder, count):
     """The `count` hardest misses and `count` hits, evenly spread, and attention for the first hits. -> paths"""
     data.output_folder(folder)
-    order, hits = np.argsort(-look["hard"], kind="stable"), np.flatnonzero(look["hard"] == 0)
-    hits = hits[data.even_frames(len(hits), count)].tolist()
-    paths = []
-    for name, clips in (("misses", [c for c in order[:count].tolist() if look["hard"][c] > 0]), ("hits", hits)):
+    misses = [c for c in np.argsort(-look["hard"], kind="stable")[:count].tolist() if look["hard"][c] > 0]
+    hits = np.flatnonzero(look["hard"] == 0)
+    hits, paths = hits[data.even_frames(len(hits), count)].tolist(), []
+    for name, clips in (("misses", misses), ("hits", hits)):
         paths += pages((look["row"](c, "") for c in watch(clips, f"draw {name}")), folder, f"{look['name']}-{name}")
     if "attention" in look:
         paths += pages(map(look["attention"], watch(hits[:count // 4 + 1], "draw attention")), folder, "attention", 1)
@@ -1183,21 +1162,17 @@ def draw_misses_and_hits(look, folder, count):
 
 
 def draw_comparison(looks, names, folder, count):
-    """Two models' rows under each other, for the clips in which they differ most, in turn to the gain of each. -> paths"""
+    """Two models' rows under each other, for the clips in which they differ most, to each one's gain in turn."""
     data.output_folder(folder)
     gain = looks[1]["hard"].clip(max=1000) - looks[0]["hard"].clip(max=1000)
-    best, worst = np.argsort(-gain, kind="stable"), np.argsort(gain, kind="stable")
-    pairs = ([look["row"](c, name) for look, name in zip(looks, names)]
-             for c in watch(np.stack([best, worst], 1).flatten()[:count].tolist(), "draw both"))
+    chosen = np.stack([np.argsort(-gain, kind="stable"), np.argsort(gain, kind="stable")], 1).flatten()[:count].tolist()
+    pairs = ([look["row"](c, name) for look, name in zip(looks, names)] for c in watch(chosen, "draw both"))
     return pages((join(pair, 1) for pair in pairs if all(pair)), folder, f"{looks[0]['name']}-compared", 3)
 
 
 def draw_curves(log, path, result=None):
-    """A run's JSON log as a picture: each term of the loss, and AP50 or R1 of the val lives, over steps.
-
-    The grey line is the paper's figure (another data set); `result` is what `evaluate` gave at the end, drawn as a dot.
-    -> path, or None where there is no log.
-    """
+    """A run's JSON log as a picture: each term of the loss, and AP50 or R1 of the val lives, over steps. `result` is
+    what `evaluate` gave at the end, a dot; the paper's figure, a grey line. -> path, or None where there is no log."""
     lines = []
     for text in Path(log).read_text().splitlines() if Path(log).exists() else []:
         with contextlib.suppress(ValueError):                        # a line that a dying process tore
@@ -1214,29 +1189,31 @@ def draw_curves(log, path, result=None):
 
 
 def _panel(name, points, last, paper, final):
-    """One curve: [(step, value)], a horizontal line for the paper's value, a dot for the final one on the test lives."""
+    """One curve: points [(step, value)], the paper's value and the final one where there are such."""
     panel, (left, top, right, bottom) = Image.new("RGB", (300, 210), "white"), (46, 26, 288, 184)
     draw, values, label = ImageDraw.Draw(panel), [value for _, value in points], name
     low, high = (min(values), max(values)) if paper is None else (0, 100)
 
     def place(step, value):
-        return left + (right - left) * step / max(1, last), bottom - (bottom - top) * (value - low) / ((high - low) or 1)
+        height = (value - low) / ((high - low) or 1)
+        return left + (right - left) * step / max(1, last), bottom - (bottom - top) * height
 
     draw.rectangle([left, top, right, bottom], outline=(200, 200, 200))
+    dots = [(*place(*point), 3, COLOURS["md"]) for point in points if paper is not None]
     if points:
         draw.line([place(*point) for point in points], COLOURS["md"], 2)
         label += f" {'' if paper is None else 'val '}{values[-1]:.3g}"
     if paper is not None:
-        for x, y in (place(*point) for point in points):
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], COLOURS["md"])
         draw.line([place(0, paper), place(last, paper)], (150, 150, 150))
         draw.text((left + 6, place(0, paper)[1] - 16), f"paper (LPR4M) {paper}", (120, 120, 120), font())
     if final is not None:
-        x, y = place(last, final)
-        draw.ellipse([x - 5, y - 5, x + 5, y + 5], COLOURS["sd"])
+        dots.append((*place(last, final), 5, COLOURS["sd"]))
         label += f"  test {final:.1f}"
-    for x, y, anchor, text in ((left, 5, "la", label), (left - 4, top, "ra", f"{high:.3g}"), (left - 4, bottom, "rd", f"{low:.3g}"),
-                               (left, bottom + 5, "la", "0"), (right, bottom + 5, "ra", f"step {last}")):
+    for x, y, size, colour in dots:
+        draw.ellipse([x - size, y - size, x + size, y + size], colour)
+    for x, y, anchor, text in (
+            (left, 5, "la", label), (left - 4, top, "ra", f"{high:.3g}"), (left - 4, bottom, "rd", f"{low:.3g}"),
+            (left, bottom + 5, "la", "0"), (right, bottom + 5, "ra", f"step {last}")):
         draw.text((x, y), text, INK, font(), anchor)
     return panel
 
@@ -1245,10 +1222,8 @@ def _panel(name, points, last, paper, final):
 
 
 class Recording:
-    """A window of a recording as a split of one clip: detectors and RICE see it as they see any other.
-
-    pictures: uint8 [3,H,W] each, None where a frame cannot be read; asr: what was said meanwhile.
-    """
+    """A window of a recording as a split of one clip: detectors and RICE see it as they see any other. pictures: uint8
+    [3,H,W] each, None where a frame cannot be read; asr: what was said meanwhile."""
     split = "test"
 
     def __init__(self, root, pictures, asr):
@@ -1267,11 +1242,8 @@ class Recording:
 
 
 def frames_of(source, every, fps, start):
-    """One frame every `every` seconds of a recording, from second `start` on: yields uint8 [3,H,W], None where it is broken.
-
-    source: a folder of pictures, `fps` of them a second, or a video, of which the program ffmpeg sends only these frames
-    through a pipe: memory holds one, the disk none.
-    """
+    """One frame every `every` seconds of a recording, from second `start` on: uint8 [3,H,W], None where it is broken.
+    source: a folder of pictures, `fps` of them a second, or a video, from which ffmpeg pipes these frames alone."""
     if Path(source).is_dir():
         names = data.picture_files(source)
         for at in np.arange(start * fps, len(names) - 0.5, every * fps).round().astype(int):
@@ -1316,7 +1288,7 @@ def seconds_of(source, fps):
 
 
 def read_tabbed(path, first, kind=str):
-    """[(key, text)] of a file of rows `first<TAB>text`, keys as `kind`; BadInput with file and row. No path: no rows."""
+    """[(key, text)] of a file of rows `first<TAB>text`, keys as `kind`; BadInput with file and row. No path: none."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
     except UnicodeDecodeError:
@@ -1334,19 +1306,19 @@ def read_tabbed(path, first, kind=str):
 
 
 def open_shop(folder, titles, embedder, key):
-    """The pictures of a folder that can be read, as an ImageSet, and their embeddings [M,D]; titles: {name, with or without
-    ending: text}. Embeddings are kept beside the folder under the model's fingerprint `key`; only what is new or changed
-    since is embedded again."""
+    """The pictures of a folder that can be read, as an ImageSet, and their embeddings [M,D], which are kept beside the
+    folder under the model's fingerprint `key`: only what is new or changed since is embedded again. titles: {name, with
+    or without ending: text}."""
     root, files = Path(folder).resolve(), data.picture_files(folder)
     names = [path.relative_to(folder).as_posix() for path in files]
     titles = {name: titles.get(name, titles.get(name.rpartition(".")[0], "")) for name in names}
     stamps = [(path.stat().st_size, path.stat().st_mtime_ns, zlib.crc32(titles[name].encode()))
               for path, name in zip(files, names)]
     kept, known = root.parent / f".{root.name}-{key[:12]}.npz", {}
-    with contextlib.suppress(Exception), np.load(kept) as saved:     # none, or a torn one, which raises whatever it leads to
+    with contextlib.suppress(Exception), np.load(kept) as saved:     # none, or a torn one, which raises anything
         if saved["feature"].shape[1:] == (embedder.config["embedding"],) and saved["feature"].dtype == np.float32:
             columns = (saved[column] for column in ("names", "stamps", "feature", "seen"))
-            known = {(str(name), *stamp.tolist()): (feature, bool(seen)) for name, stamp, feature, seen in zip(*columns)}
+            known = {(str(name), *stamp.tolist()): row for name, stamp, *row in zip(*columns)}
     marks = [(name, *stamp) for name, stamp in zip(names, stamps)]
     shop = embedder.shop(lambda name: data.read_picture(Path(folder) / name), titles, names)
     new = [n for n, mark in enumerate(marks) if mark not in known]
@@ -1355,7 +1327,8 @@ def open_shop(folder, titles, embedder, key):
         known |= {marks[n]: row for n, *row in zip(new, feature.cpu().numpy(), seen.tolist())}
     feature, seen = (np.array(column) for column in zip(*(known[mark] for mark in marks)))       # [M,D], [M]
     if new:
-        with contextlib.suppress(OSError), data.whole(kept) as part, open(part, "wb") as file:   # it may not be ours to write
+        # A folder that is not ours to write to is embedded anew each time.
+        with contextlib.suppress(OSError), data.whole(kept) as part, open(part, "wb") as file:
             np.savez(file, names=names, stamps=np.array(stamps), feature=feature, seen=seen)
     if not seen.any():
         raise BadInput(f"{folder}: none of its {len(files)} pictures can be read")
@@ -1378,10 +1351,11 @@ def finder_of(path, checkpoint, detector, device):
 
 @torch.no_grad()
 def answer_clip(recording, embedder, finder, shop, feature, most, rerank):
-    """One window of a recording -> its boxes as PairSet wants them, and its first `most` images [(name, score)]; the PMD
-    scores the first `rerank` of them."""
+    """One window of a recording -> its boxes as PairSet wants them, and its first `most` images [(name, score)]; of
+    these the PMD scores the first `rerank`."""
     boxes = finder and seen_through(predict(*finder, recording, embedder.device), finder[1]["stage"], 1)
-    clip, tokens, padding, seen = embedder.embed(embedder.clips(recording, boxes), [0])      # [1,D], [1,R,W], [1,R], [1]
+    clips = embedder.clips(recording, boxes)
+    clip, tokens, padding, seen = embedder.embed(clips, [0])                                # [1,D], [1,R,W], [1,R], [1]
     if not seen.any():
         return boxes, []
     scores, (first,) = nearest(embedder.model.scale() * clip, feature, rerank or most)           # [1,n], [n]
@@ -1397,12 +1371,12 @@ def clock(seconds):
 
 
 def recognise(path, options):
-    """Which product of a shop is on sale when (supplement, section 5 (4)): a recording cut into clips of `window` frames,
-    one every `every` seconds, each ranked against the shop's pictures. options: the flags of `main`.
+    """Which product of a shop is on sale when (supplement, section 5 (4)): a recording cut into clips of `window`
+    frames, one every `every` seconds, each ranked against the shop's pictures. options: the flags of `main`.
 
-    Writes OUT/answers.jsonl, a line a clip as soon as it is known: {"start", "end" seconds, "boxes" a frame (x1 y1 x2 y2
-    score in pixels, or null), "asr", "top": [[image, score]], "margin" between the first two}, a strip of each clip in
-    OUT/clips/, and OUT/answers-*.png. A run that was stopped goes on after its last line. Memory holds one clip.
+    Writes OUT/answers.jsonl, a line a clip as soon as it is known: {"start", "end" seconds, "boxes" a frame (x1 y1 x2
+    y2 score in pixels, or null), "asr", "top": [[image, score]], "margin" between the first two}, a strip of each clip
+    in OUT/clips/, and OUT/answers-*.png. A run that was stopped goes on after its last line. Memory holds one clip.
     """
     checkpoint, device, source = read_checkpoint(path), pick_device(), options.live
     config, key, rerank = checkpoint["config"], fingerprint(checkpoint), options.rerank or 0
@@ -1423,30 +1397,41 @@ def recognise(path, options):
     settings |= {"live": str(Path(source).resolve()), "shop": str(Path(options.shop).resolve()), "checkpoint": key}
     answers = answers_before(out, settings | {"rerank": rerank})
     start = answers[-1]["end"] if answers else 0.0
-    stream = frames_of(source, options.every, options.fps, start)
     with open(out / "answers.jsonl", "a", encoding="utf-8") as file, \
             tqdm(total=round(length), initial=round(start), unit="s", desc=f"recognise {Path(source).name}") as bar:
-        while pictures := list(itertools.islice(stream, options.window)):
-            end = start + len(pictures) * options.every
-            words = " ".join(text for second, text in sorted(said) if start <= second < end)
-            recording, drawn = Recording(source, pictures, words), [None] * len(pictures)
+        for recording, start, end in windows_of(options, said, start):
             boxes, best = answer_clip(recording, embedder, finder, shop, feature, max(options.top, 2), rerank)
-            for t, (*xyxy, score, _) in zip(boxes["position"], boxes["box"].tolist()) if boxes else ():
-                drawn[t] = [*(round(v, 2) for v in xyxy), round(score, 4)] if score >= 0 else None
             margin = round(best[0][1] - best[1][1], 4) if len(best) > 1 else None
-            answers.append({"start": start, "end": end, "boxes": drawn, "asr": words, "top": best[:options.top],
-                            "margin": margin})
+            answers.append({"start": start, "end": end, "boxes": boxes_by_frame(boxes, len(recording.pictures)),
+                            "asr": recording.asr, "top": best[:options.top], "margin": margin})
             clip_strip(recording, 0, boxes).save(strip_of(out, answers[-1]), quality=90)
             file.write(json.dumps(answers[-1], ensure_ascii=False) + "\n")
             file.flush()
             bar.set_postfix_str(f"{clock(start)} {best[0][0] if best else 'nothing readable'}", refresh=False)
             bar.update(min(round(end), bar.total) - bar.n)
-            start = end
     if not answers:
         raise BadInput(f"--live {source}: no frame in it")
-    print(f"\n{len(answers)} clips of {options.window} frames, {len(shop.ids)} shop images; clips in a row with the same "
-          "answer are one line\n")
+    print(f"\n{len(answers)} clips of {options.window} frames, {len(shop.ids)} shop images; clips in a row with the "
+          "same answer are one line\n")
     show_answers(answers, out, shop)
+
+
+def windows_of(options, said, start):
+    """Clip after clip of a recording from second `start` on: yields a Recording, its start and its end."""
+    stream = frames_of(options.live, options.every, options.fps, start)
+    while pictures := list(itertools.islice(stream, options.window)):
+        end = start + len(pictures) * options.every
+        words = " ".join(text for second, text in sorted(said) if start <= second < end)
+        yield Recording(options.live, pictures, words), start, end
+        start = end
+
+
+def boxes_by_frame(boxes, frames):
+    """What PairSet wants -> for each frame x1 y1 x2 y2 score, or None where it has no box."""
+    drawn = [None] * frames
+    for t, (*xyxy, score, _) in zip(boxes["position"], boxes["box"].tolist()) if boxes else ():
+        drawn[t] = [*(round(v, 2) for v in xyxy), round(score, 4)] if score >= 0 else None
+    return drawn
 
 
 def strip_of(out, answer):
@@ -1454,7 +1439,7 @@ def strip_of(out, answer):
 
 
 def answers_before(out, settings):
-    """The whole lines that a stopped run left in `out`, which is made ready; BadInput when it asked for something else."""
+    """The whole lines that a stopped run left in `out`, made ready; BadInput when it asked for something else."""
     data.output_folder(out / "clips")
     about, log, answers, other = out / "settings.json", out / "answers.jsonl", [], []
     if about.exists() and log.exists():
@@ -1478,10 +1463,10 @@ def answers_before(out, settings):
 
 
 def show_answers(answers, out, shop):
-    """Clips in a row with the same first image are one line of the table, and one row of the sheets: that of the surest."""
+    """Clips in a row with the same first image are one line of the table; the surest of them is a row of the sheets."""
     lines, rows = [], []
-    for name, clips in itertools.groupby(answers, lambda clip: clip["top"][0][0] if clip["top"] else "(nothing readable)"):
-        clips = list(clips)
+    groups = itertools.groupby(answers, lambda clip: clip["top"][0][0] if clip["top"] else "(nothing readable)")
+    for name, clips in ((name, list(clips)) for name, clips in groups):
         start, end = clock(clips[0]["start"]), clock(clips[-1]["end"])
         scores = [clip["top"][0][1] for clip in clips if clip["top"]]
         margins = [clip["margin"] for clip in clips if clip["margin"] is not None]
