@@ -2,17 +2,19 @@
 
     python eval.py --ckpt runs/tiny/md.pt                      the checkpoint knows its stage, data and configuration
     python eval.py --ckpt runs/tiny/rice.pt --json rice.json
-    python eval.py --ckpt runs/rand?/rice.pt runs/s?/rice.pt --markdown        a row per configuration, mean over seeds, differences
-    python eval.py --ckpt runs/tiny/rice.pt --pictures looks                   hardest misses, hits, attention, training curves
+    python eval.py --ckpt runs/rand?/rice.pt runs/s?/rice.pt   a row per configuration, mean over seeds, differences
+    python eval.py --ckpt runs/tiny/rice.pt --pictures looks   hardest misses, hits, attention, training curves
     python eval.py --ckpt runs/tiny/rice.pt --live live.mp4 --shop images      which product is on sale when
     torchrun --nproc_per_node 8 eval.py --ckpt runs/paper/md.pt --data LPR4M
 
 Data flow:  checkpoint -> model -> one box a frame for every frame of the split -> AP
                                 -> one embedding a clip and a shop image -> similarity -> rank-k in each live's gallery
 
-Letters: Q clips (queries), M shop images, G true boxes, F frames, T frames of a clip, D embedding.
-Boxes are xyxy in the annotation's pixels: those of the picture on disk, unless its side file tells an original size.
+Letters: Q clips (queries), M shop images, G true boxes, F frames, D embedding, T frames of a clip, P patches of a
+picture, R tokens of a clip, W their width. Boxes are xyxy in the annotation's pixels: those of the picture on disk,
+unless its side file tells an original size.
 """
+import contextlib
 import functools
 import glob
 import hashlib
@@ -27,7 +29,6 @@ import tempfile
 import time
 import uuid
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
+from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 import data
@@ -45,108 +47,96 @@ from data import BadInput
 
 # ------------------------------------------------------------------ metrics, pure functions of arrays
 
+AREAS = {"all": (0, 1e10), "small": (0, 32 ** 2), "medium": (32 ** 2, 96 ** 2), "large": (96 ** 2, 1e10)}
+
 
 def average_precision(truth, detections):
     """COCO's box AP: 10 IoU thresholds, 101 recall points, 100 detections an image and category, mean over categories.
 
-    truth: dict of arrays image [G], category [G], box_xyxy [G,4]; detections: the same and score [D]. Equal scores keep
-    the order of images. Give every row the same category for the class-agnostic figure. A detection matches the free
-    true box of highest IoU. Categories without a true box do not count.
-    -> AP, AP50, AP75, APsmall, APmedium, APlarge (-1 where the size has no true box), AR1, AR10, AR100, ARsmall,
-    ARmedium, ARlarge, per_category {category: AP}. No detections give 0; no true boxes at all raise ValueError.
+    truth: dict of arrays image [G], category [G], box_xyxy [G,4]; detections: the same and score, a row each. Equal
+    scores keep the order of images. One category in all rows gives the class-agnostic figure. A category without a true
+    box does not count. -> AP, AP50, AP75, APsmall, APmedium, APlarge (-1 where the size has no true box), AR1, AR10,
+    AR100, ARsmall, ARmedium, ARlarge, per_category {category: AP}; ValueError when there is no true box at all.
     """
-    t_image, t_category = np.asarray(truth["image"]), np.asarray(truth["category"])
-    t_box = np.asarray(truth["box_xyxy"], np.float64).reshape(-1, 4)
-    if not len(t_image):
+    truth, detections = ({name: np.asarray(value) for name, value in side.items()} for side in (truth, detections))
+    if not len(truth["image"]):
         raise ValueError("average_precision: no true box, so there is nothing to find")
-    names, t_category = np.unique(t_category, return_inverse=True)
-    d_category = np.asarray(detections["category"])
-    known = np.isin(d_category, names)
-    d_category = np.searchsorted(names, d_category[known])
-    d_image, score = np.asarray(detections["image"])[known], np.asarray(detections["score"], np.float64)[known]
-    d_box = np.asarray(detections["box_xyxy"], np.float64).reshape(-1, 4)[known]
-
-    # Boxes meet only within one image and category: sort both sides by that key, detections by score within it.
-    images = np.unique(np.concatenate([t_image, d_image]))
-    t_key = np.searchsorted(images, t_image) * len(names) + t_category
-    d_key = np.searchsorted(images, d_image) * len(names) + d_category
-    t_order, d_order = np.argsort(t_key, kind="stable"), np.lexsort((-score, d_key))
-    t_key, t_box, t_category = t_key[t_order], t_box[t_order], t_category[t_order]
-    d_key, d_box, d_category, score = d_key[d_order], d_box[d_order], d_category[d_order], score[d_order]
-    rank = np.arange(len(d_key)) - np.searchsorted(d_key, d_key)
-    d_key, d_box, d_category, score, rank = (x[rank < 100] for x in (d_key, d_box, d_category, score, rank))
-    first = np.searchsorted(t_key, d_key)
-    count = np.searchsorted(t_key, d_key, side="right") - first
-    pair_d = np.repeat(np.arange(len(d_key)), count)
-    pair_t = np.arange(len(pair_d)) - np.repeat(np.cumsum(count) - count, count) + first[pair_d]
-    t_area, d_area = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (t_box, d_box))
-    low, high = np.maximum(d_box[pair_d, :2], t_box[pair_t, :2]), np.minimum(d_box[pair_d, 2:], t_box[pair_t, 2:])
-    inner = (high - low).clip(0).prod(1)
-    iou = inner / (d_area[pair_d] + t_area[pair_t] - inner)
-    by_rank = np.argsort(rank[pair_d], kind="stable")
-    pair_d, pair_t, iou = pair_d[by_rank], pair_t[by_rank], iou[by_rank]
-    rounds = np.searchsorted(rank[pair_d], np.arange(rank.max(initial=-1) + 2))
-
-    thresholds, recalls = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
-    result, per_category = {}, {}
-    for area, low, high in (("", 0, 1e10), ("small", 0, 32 ** 2), ("medium", 32 ** 2, 96 ** 2), ("large", 96 ** 2, 1e10)):
-        ignored = (t_area < low) | (t_area > high)
-        hit, skip = _greedy(pair_d, pair_t, iou, rounds, ignored, thresholds, len(d_key))
-        skip |= ~hit & ((d_area < low) | (d_area > high))
-        curves, reached = [], {1: [], 10: [], 100: []}
-        for c, name in enumerate(names):
-            total = int((~ignored & (t_category == c)).sum())
-            if total == 0:
-                continue
-            mine = np.flatnonzero(d_category == c)
-            mine = mine[np.argsort(-score[mine], kind="stable")]
-            found = hit[:, mine] & ~skip[:, mine]
-            true, false = found.cumsum(1), (~hit[:, mine] & ~skip[:, mine]).cumsum(1)
-            recall = true / total
-            precision = true / np.maximum(true + false, 1)
-            precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
-            curve = np.zeros((10, 101))
-            for t in range(10):
-                at = np.searchsorted(recall[t], recalls)
-                curve[t, at < len(mine)] = precision[t, at[at < len(mine)]]
-            curves.append(curve)
-            for most, values in reached.items():
-                values.append((found & (rank[mine] < most)).sum(1) / total)
-            if not area:
-                per_category[name.item()] = float(curve.mean())
-        mean = np.array(curves)
-        result[f"AP{area}"] = float(mean.mean()) if curves else -1.0
-        if area:
-            result[f"AR{area}"] = float(np.mean(reached[100])) if curves else -1.0
+    measured = {}
+    for category in np.unique(truth["category"]):
+        true, found = ({name: value[side["category"] == category] for name, value in side.items()}
+                       for side in (truth, detections))
+        measured[category.item()] = _curves(true, found)
+    result = {"per_category": {category: float(sizes["all"][0].mean()) for category, sizes in measured.items()}}
+    for area in AREAS:
+        curves = [sizes[area][0] for sizes in measured.values() if area in sizes]
+        recall = np.array([sizes[area][1] for sizes in measured.values() if area in sizes])
+        suffix = area if area != "all" else ""
+        result[f"AP{suffix}"] = float(np.mean(curves)) if curves else -1.0
+        if suffix:
+            result[f"AR{suffix}"] = float(recall[:, 2].mean()) if curves else -1.0
         else:
-            result |= {"AP50": float(mean[:, 0].mean()), "AP75": float(mean[:, 5].mean())}
-            result |= {f"AR{most}": float(np.mean(values)) for most, values in reached.items()}
-    return result | {"per_category": per_category}
+            result |= {"AP50": float(np.mean([c[0] for c in curves])), "AP75": float(np.mean([c[5] for c in curves]))}
+            result |= {f"AR{most}": float(recall[:, n].mean()) for n, most in enumerate((1, 10, 100))}
+    return result
 
 
-def _greedy(pair_d, pair_t, iou, rounds, ignored, thresholds, count):
-    """Match best detections first, all images at once: round r gives every image's r-th detection its best free box.
-
-    A box that does not count is taken only when none that counts is left. -> matched [10,D], matched to an ignored one.
-    """
-    hit, skip = np.zeros((10, count), bool), np.zeros((10, count), bool)
-    taken = np.zeros((10, len(ignored)), bool)
-    for low, high in zip(rounds, rounds[1:]):
-        d, t, overlap = pair_d[low:high], pair_t[low:high], iou[low:high]
-        starts = np.flatnonzero(np.r_[True, d[1:] != d[:-1]]) if len(d) else []
-        if not len(starts):
+def _curves(true, found):
+    """One category: {size of box: (precision at 101 recalls [10,101], recall by 1, 10, 100 boxes an image [3,10])}."""
+    t_order, d_order = np.argsort(true["image"], kind="stable"), np.lexsort((-found["score"], found["image"]))
+    t_image, d_image = true["image"][t_order], found["image"][d_order]
+    rank = np.arange(len(d_image)) - np.searchsorted(d_image, d_image)         # place in its image, the surest first
+    d_order, d_image, rank = (x[rank < 100] for x in (d_order, d_image, rank))
+    t_box, d_box = (side["box_xyxy"][order].reshape(-1, 4).astype(np.float64)
+                    for side, order in ((true, t_order), (found, d_order)))
+    # Every detection with every true box of its image.
+    first = np.searchsorted(t_image, d_image)
+    count = np.searchsorted(t_image, d_image, side="right") - first
+    pair_d = np.repeat(np.arange(len(d_image)), count)
+    pair_t = np.arange(len(pair_d)) - np.repeat(np.cumsum(count) - count, count) + first[pair_d]
+    iou = overlaps(d_box[pair_d], t_box[pair_t])
+    t_area, d_area = ((box[:, 2:] - box[:, :2]).prod(1) for box in (t_box, d_box))
+    best_first = np.argsort(-found["score"][d_order], kind="stable")
+    result = {}
+    for area, (low, high) in AREAS.items():
+        ignored = (t_area < low) | (t_area > high)
+        if ignored.all():
             continue
-        value = np.where(~taken[:, t] & (overlap >= thresholds[:, None]), overlap + 2 * ~ignored[t], -1)   # [10,pairs]
-        best = np.maximum.reduceat(value, starts, axis=1)                                                  # [10,dets]
-        lengths = np.diff(np.r_[starts, len(d)])
-        at_best = np.where(value == np.repeat(best, lengths, axis=1), np.arange(len(d)), -1)
-        chosen = np.maximum.reduceat(at_best, starts, axis=1)                                              # [10,dets]
-        level, place = np.nonzero(best > 0)
-        box = t[chosen[level, place]]
-        taken[level, box] = True
-        hit[level, d[starts[place]]] = True
-        skip[level, d[starts[place]]] = ignored[box]
+        hit, skip = _greedy(pair_d, pair_t, iou, rank, ignored)
+        skip |= ~hit & ((d_area < low) | (d_area > high))
+        right, shown = (hit & ~skip)[:, best_first], ~skip[:, best_first]
+        recall = [(right & (rank[best_first] < most)).sum(1) / (~ignored).sum() for most in (1, 10, 100)]
+        result[area] = precision_at_recalls(right.cumsum(1), shown.cumsum(1), (~ignored).sum()), recall
+    return result
+
+
+def _greedy(pair_d, pair_t, iou, rank, ignored):
+    """Match best detections first: round r gives every image's r-th detection its best free box, an ignored one only
+    when no other is left, of equal ones the last (as pycocotools). -> matched [10,F], to an ignored box [10,F]."""
+    order = np.lexsort((-pair_t, -iou, ignored[pair_t], pair_d, rank[pair_d]))
+    pair_d, pair_t, iou = pair_d[order], pair_t[order], iou[order]
+    rounds = np.searchsorted(rank[pair_d], np.arange(rank.max(initial=-1) + 2))
+    hit, skip = np.zeros((10, len(rank)), bool), np.zeros((10, len(rank)), bool)
+    for level, threshold in enumerate(np.linspace(0.5, 0.95, 10)):
+        free = np.ones(len(ignored), bool)
+        for low, high in zip(rounds, rounds[1:]):
+            able = low + np.flatnonzero(free[pair_t[low:high]] & (iou[low:high] >= threshold))
+            winner, at = np.unique(pair_d[able], return_index=True)
+            box = pair_t[able[at]]
+            free[box], hit[level, winner], skip[level, winner] = False, True, ignored[box]
     return hit, skip
+
+
+def precision_at_recalls(right, shown, total):
+    """right [L,F], shown [L,F]: how many there are among the first; of `total` -> precision made to fall [L,101]."""
+    precision = np.maximum.accumulate((right / np.maximum(shown, 1))[:, ::-1], 1)[:, ::-1]
+    return np.stack([np.append(row, 0)[np.searchsorted(recall, np.linspace(0, 1, 101))]
+                     for row, recall in zip(precision, right / total)])
+
+
+def overlaps(a, b):
+    """IoU row by row: a [G,4], b [G,4] -> [G]."""
+    inner = (np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])).clip(0).prod(1)
+    return inner / np.maximum((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - inner, 1e-9)
 
 
 def rank_k(similarity, positive, gallery=None, ks=(1, 5, 10)):
@@ -160,11 +150,8 @@ def rank_k(similarity, positive, gallery=None, ks=(1, 5, 10)):
 
 
 def first_true(similarity, positive, gallery=None):
-    """How many images stand before the first true one in each query's ranking: [Q]. Arguments as in rank_k.
-
-    Ties count against us. A query without a true image in its gallery, or whose scores are not finite (no prediction),
-    never finds one: its place is beyond every k.
-    """
+    """How many images stand before the first true one in each query's ranking: [Q]. Arguments as in rank_k. Ties count
+    against us; without a true image in the gallery, or a finite score (no prediction), the place is beyond every k."""
     similarity, positive = np.asarray(similarity), np.asarray(positive, bool)
     gallery = np.ones_like(positive) if gallery is None else np.asarray(gallery, bool)
     known = np.isfinite(similarity)
@@ -175,10 +162,11 @@ def first_true(similarity, positive, gallery=None):
 
 @torch.no_grad()
 def nearest(queries, images, k, block=1024, wide=8192, group=32):
-    """The k images of the greatest product with each query, exactly: queries [Q,D], images [M,D] -> scores, places [Q,min(k,M)].
+    """The k images of the greatest product with each query, exactly: queries [Q,D], images [M,D] -> scores and places,
+    both [Q,min(k,M)]. Memory is one block of products, however many images there are.
 
-    Memory is one block of products, however many images there are. The k greatest of a row lie in the k groups of columns with
-    the greatest maxima, and maxima of groups are found much faster than the order of all columns.
+    The k greatest of a row lie in the k groups of columns with the greatest maxima, and maxima of groups are found much
+    faster than the order of all columns.
     """
     found, k = [], min(k, len(images))
     for q in queries.split(block):
@@ -188,8 +176,10 @@ def nearest(queries, images, k, block=1024, wide=8192, group=32):
             column = torch.arange(score.shape[1], device=q.device).expand(len(q), -1)            # [q,wide]
             if score.shape[1] == wide and k < wide // group:
                 groups = score.unflatten(1, (-1, group))                                         # [q,wide/group,group]
-                chosen = groups.amax(2).topk(k, sorted=False).indices[..., None].expand(-1, -1, group)                # [q,k,group]
-                score, column = (x.gather(1, chosen).flatten(1) for x in (groups, column.unflatten(1, (-1, group))))  # [q,k*group]
+                chosen = groups.amax(2).topk(k, sorted=False).indices[..., None]                 # [q,k,1]
+                chosen = chosen.expand(-1, -1, group)                                            # [q,k,group]
+                score, column = (x.gather(1, chosen).flatten(1)
+                                 for x in (groups, column.unflatten(1, (-1, group))))            # [q,k*group]
             best, at = torch.cat([best, score], 1).topk(min(k, best.shape[1] + score.shape[1]))  # [q,k]
             place = torch.cat([place, column + start], 1).gather(1, at)                          # [q,k]
         found.append((best, place))
@@ -197,6 +187,9 @@ def nearest(queries, images, k, block=1024, wide=8192, group=32):
 
 
 # ------------------------------------------------------------------ checkpoints and processes
+
+# Fields of a configuration that change no weight.
+WEIGHTLESS = {"workers", "save_every", "log_every", "eval_every", "out", "detectors", "init"}
 
 
 def build(config, classes, vocab):
@@ -219,23 +212,22 @@ def read_checkpoint(path):
         missing = {"config", "model", "step", "categories"} - checkpoint.keys()
     except Exception as error:             # torch.load raises whatever the broken bytes lead it to
         raise BadInput(f"{path}: not a checkpoint of train.py ({type(error).__name__})") from None
-    if missing:
-        raise BadInput(f"{path}: not a checkpoint of train.py (no {', '.join(sorted(missing))})")
     import train                           # the other look upstairs: which configurations there can be
-    wrong = train.unsound(checkpoint)
+    wrong = f"no {', '.join(sorted(missing))}" if missing else train.unsound(checkpoint)
     if wrong:
         raise BadInput(f"{path}: not a checkpoint of train.py ({wrong})")
     return checkpoint
 
 
 def restore(checkpoint, device):
-    """The model of a checkpoint, in evaluation mode."""
+    """The model of a checkpoint, in evaluation mode, and its tokenizer (None for a detector)."""
     tokenizer = data.Tokenizer(bytes(checkpoint["tokenizer"].tolist())) if "tokenizer" in checkpoint else None
     model = build(checkpoint["config"], len(checkpoint["categories"]), tokenizer and tokenizer.vocab)
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise BadInput(f"the checkpoint's weights do not fit its configuration: {str(error).splitlines()[-1].strip()}") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise BadInput(f"the checkpoint's weights do not fit its configuration: {reason}") from None
     return model.to(device).eval(), tokenizer
 
 
@@ -256,21 +248,20 @@ def pick_device():
 
 
 def start_processes():
-    """Join torchrun's group when there is one: gloo, and nccl for what lies on CUDA devices. -> rank, number of processes."""
+    """Join torchrun's group when there is one: gloo, and nccl for what lies on CUDA devices. -> rank, processes."""
     if "RANK" in os.environ and not dist.is_initialized():
         pick_device()
         store, rank, world = next(dist.rendezvous("env://"))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=fresh_part(store, rank, world),
-                                rank=rank, world_size=world)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                store=fresh_part(store, rank, world), rank=rank, world_size=world)
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def fresh_part(store, rank, world):
     """The part of torchrun's store that belongs to this start of the job.
 
-    After --max-restarts has started the processes again, the store still holds the addresses of those that are gone, and who
-    reads one waits for the dead. So the first process names a part and hands the name to whoever lives: it answers every
-    question in the store, the dead ones' too, until all the others have taken their answer.
+    After a restart the store still holds the addresses of the dead, and who reads one waits for them. So the first
+    process names a part and answers every question in the store, the dead ones' too, until all others have the name.
     """
     mine = uuid.uuid4().hex
     if rank:
@@ -300,14 +291,6 @@ def everyones(value):
     return parts
 
 
-def gather_rows(rows, *keys):
-    """Arrays of every process, joined and ordered by `keys` (the sample's numbers): the same on any number of processes."""
-    parts = [part for part in everyones(rows) if part]             # a process may have had no sample at all
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    order = np.lexsort([joined[key] for key in reversed(keys)])
-    return {name: value[order] for name, value in joined.items()}
-
-
 def watch(batches, text):
     """A progress bar on the first process."""
     return tqdm(batches, desc=text, unit="", leave=False, delay=1, disable=not is_first())
@@ -315,63 +298,72 @@ def watch(batches, text):
 
 # ------------------------------------------------------------------ detecting
 
+VOTE = 2.0            # weight of the vote; on val lives 0.5, 1, 2, 4, 8 gave AP 40.4, 41.7, 42.4, 42.5, 41.4 (one SD)
+
 
 @torch.no_grad()
 def predict(model, config, categories, lives, device, every_frame=True):
     """One box for every frame of a split, by SD, and when `model` is MD by MD and by its two controls.
 
-    -> arrays over frames, by clip and place in it: clip [F], position [F], and [F,6] = x1 y1 x2 y2 in the annotation's
-    pixels, score (-1: the frame cannot be read, there is no box), class: "sd", "md", "md1" (MD, each frame as its own clip)
-    and "vote" (SD, and a clip's frames vote on the category, which needs no training). every_frame=False takes only
-    `frames` of each clip, at even intervals, and leaves the controls out: what RICE needs to train.
+    -> arrays over frames: clip [F], position in it [F], and for each method [F,6] = x1 y1 x2 y2 in the annotation's
+    pixels, score (-1: the frame cannot be read, there is no box), class. every_frame=False takes only `frames` of each
+    clip, at even intervals, and leaves the controls out: what RICE needs to train.
     """
     dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], False,
                                 every_frame=every_frame)
-    # A ResNet lets padding leak across a picture's edge, so what a clip is padded with must not depend on its neighbours in
-    # a batch, that is on the number of processes: it goes alone. With the small backbone padding changes nothing.
     if not len(dataset):
         raise BadInput(f"{lives.root}: the clips of the {lives.split} split have no frames")
+    # A ResNet lets padding leak across a picture's edge, so what a clip is padded with must not depend on its
+    # neighbours in a batch, that is on the number of processes: it goes alone. The small backbone does not mind.
     pixels = config["frames"] * config["shortest"][1] * config["longest"]
     together = max(1, 10 ** 6 // pixels) if config["backbone"] == "small" else 1
     shard = data.ShardSampler(range(len(dataset)), together, *start_processes())
     batches = DataLoader(dataset, batch_sampler=shard, num_workers=config["workers"], collate_fn=data.collate_detection)
-    rows, many = {}, config["stage"] == "md"
+    rows = {}
     for batch in watch(batches, f"detect {lives.split}"):
         valid, padding = batch["valid"].to(device), batch["padding"].to(device)
         frames = data.to_float(batch["frames"].to(device), data.IMAGENET, padding)
-        padding = padding & valid[..., None, None]
-        if many:
-            *single, memory = model.single(frames, padding)
-            answers = {"sd": single[1:], "md": tuple(x[-1] for x in model.temporal(*single, memory, valid))}
-            if every_frame:
-                every = torch.ones(valid.numel(), 1, dtype=torch.bool, device=device)
-                alone = model.temporal(*(x.flatten(0, 1)[:, None] for x in single), memory, every)
-                answers["md1"] = tuple(x[-1].unflatten(0, valid.shape).squeeze(2) for x in alone)
-                answers["vote"] = vote(single[1], valid), single[2]
-        else:
-            logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
-            answers = {"sd": tuple(x[-1].unflatten(0, valid.shape) for x in (logits, boxes))}
         real = batch["position"] >= 0
         new = {"clip": batch["clip"][:, None].expand(real.shape)[real], "position": batch["position"][real]}
-        for name, (logits, boxes) in answers.items():
-            box, score, category = (x.cpu()[real] for x in detect.pick(logits, boxes))
+        for name, answer in answers_of(model, frames, padding & valid[..., None, None], valid, every_frame).items():
+            box, score, category = (x.cpu()[real] for x in detect.pick(*answer))
             if not torch.isfinite(torch.cat([box, score[:, None]], 1)[batch["valid"][real]]).all():
-                raise BadInput(f"the detector's boxes of {lives.root} are not finite numbers: its weights are spoilt; train it anew")
+                raise BadInput(f"the detector's boxes of {lives.root} are not finite numbers: its weights are spoilt; "
+                               "train it anew")
             xyxy = box_convert(box, "cxcywh", "xyxy").clamp(0, 1) * batch["size"][real].repeat(1, 2)
             # A frame that cannot be read has no box; its true boxes stay in the denominator.
             score = score.where(batch["valid"][real], -1)
             new[name] = torch.cat([xyxy, score[:, None], category[:, None]], 1)
         for name, value in new.items():
             rows.setdefault(name, []).append(value.numpy())
-    rows = {name: np.concatenate(value) for name, value in rows.items()}
-    return gather_rows(rows, "clip", "position")
+    # In the order of the split on any number of processes, of which some may have had no clip.
+    parts = [part for part in everyones({name: np.concatenate(value) for name, value in rows.items()}) if part]
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.lexsort((rows["position"], rows["clip"]))
+    return {name: value[order] for name, value in rows.items()}
+
+
+def answers_of(model, frames, padding, valid, controls):
+    """{method: (logits [B,T,N,K], boxes [B,T,N,4])} of a batch: "sd", "md", and MD's controls "md1" (each frame as its
+    own clip) and "vote" (SD, and a clip's frames vote on the category, which needs no training)."""
+    if not isinstance(model, detect.MD):
+        logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
+        return {"sd": tuple(x[-1].unflatten(0, valid.shape) for x in (logits, boxes))}
+    *single, memory = model.single(frames, padding)
+    answers = {"sd": single[1:], "md": [x[-1] for x in model.temporal(*single, memory, valid)]}
+    if controls:
+        alone = torch.ones(valid.numel(), 1, dtype=torch.bool, device=valid.device)              # [B*T,1]
+        alone = model.temporal(*(x.flatten(0, 1)[:, None] for x in single), memory, alone)
+        answers["md1"] = [x[-1].unflatten(0, valid.shape).squeeze(2) for x in alone]
+        answers["vote"] = vote(single[1], valid), single[2]
+    return answers
 
 
 def vote(logits, valid):
     """SD's logits [B,T,N,K] with what the clip's other frames say about the category added; valid [B,T].
 
-    A frame's evidence for a class is the log of its best score for it, normalised over classes; each frame hears the mean
-    of the others. What MD gains beyond this control is more than a vote on the category.
+    A frame's evidence for a class is the log of its best score for it, normalised over classes; each frame hears the
+    mean of the others. What MD gains beyond this control is more than a vote on the category.
     """
     best = logits.sigmoid().amax(2)                                                              # [B,T,K]
     evidence = (best / best.sum(-1, keepdim=True)).log() * valid[..., None]                      # [B,T,K]
@@ -382,16 +374,13 @@ def vote(logits, valid):
 
 def predicted_boxes(checkpoint, lives, folder, device, every_frame=True):
     """`predict` with a detector's checkpoint, kept in one file and used again while detector and data are the same."""
-    notes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted((lives.root / "annotations").glob("[!.]*"))]
+    files = sorted((lives.root / "annotations").glob("[!.]*"))
+    notes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     sizes = [checkpoint["config"][name] for name in ("frames", "shortest", "longest")]
     frames = hashlib.sha256(lives.lengths.tobytes()).hexdigest()
     decides = f"{fingerprint(checkpoint)} {lives.root.resolve()} {notes} {sizes} {frames} {every_frame} {VOTE}"
-    mark = hashlib.sha256(decides.encode()).hexdigest()[:12]
-    path = Path(folder) / f"boxes-{lives.split}-{mark}.npz"
-    there = [path.exists()]
-    if dist.is_initialized():
-        dist.broadcast_object_list(there)             # one process may look before another has written
-    if there[0]:
+    path = Path(folder) / f"boxes-{lives.split}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}.npz"
+    if everyones(path.exists())[0]:                 # one process may look before another has written
         try:
             with np.load(path) as saved:
                 rows = dict(saved)
@@ -403,14 +392,15 @@ def predicted_boxes(checkpoint, lives, folder, device, every_frame=True):
     model, _ = restore(checkpoint, device)
     rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame)
     if is_first():
-        with data.whole(path, f".{os.getpid()}") as part, open(part, "wb") as file:        # another run may be writing the same
+        with data.whole(path, f".{os.getpid()}") as part, open(part, "wb") as file:    # another run may write the same
             np.savez(file, **rows)
     return rows
 
 
 def seen_through(rows, name, clips):
     """Rows of `predict` as PairSet wants them: {"start" [clips+1], "position" [F], "box" [F,6]}."""
-    return {"start": np.searchsorted(rows["clip"], np.arange(clips + 1)), "position": rows["position"], "box": rows[name]}
+    start = np.searchsorted(rows["clip"], np.arange(clips + 1))
+    return {"start": start, "position": rows["position"], "box": rows[name]}
 
 
 # ------------------------------------------------------------------ Table 1
@@ -419,7 +409,6 @@ PAPER_1 = {"SD": (36.6, 46.6, 39.6, 27.5, 44.8, 69.0, 23.6, 45.8, 65.4, 20.7, 21
            "MD": (37.0, 47.1, 40.2, 27.7, 45.1, 72.7, 24.8, 47.5, 65.7, 25.1, 21.2, 40.3)}
 COLUMNS_1 = ("AP", "AP50", "AP75", *(f"{value} {name}" for name, values in data.SPLITS.items() for value in values))
 LABELS = {"sd": "SD", "vote": "SD, vote", "md1": "MD, T = 1", "md": "MD"}
-VOTE = 2.0            # weight of the vote; on validation lives 0.5, 1, 2, 4, 8 gave AP 40.4, 41.7, 42.4, 42.5, 41.4 (one SD)
 
 
 def table(header, rows, markdown=False, bold=()):
@@ -441,7 +430,8 @@ def table(header, rows, markdown=False, bold=()):
 
 
 def truth_of(rows, lives, categories):
-    """The true boxes of the frames in `rows`: frame [G] (its place in rows), category [G] (-1: not told), box [G,4]; kinds [F]."""
+    """The true boxes of the frames in `rows` for average_precision (image: place in rows; category -1: not told), and
+    how each frame was staged [F] ("": not told)."""
     numbers = {raw: k for k, raw in enumerate(categories)}
     frame_of = {(int(c), int(t)): f for f, (c, t) in enumerate(zip(rows["clip"], rows["position"]))}
     frame, category, box, kinds = [], [], [], np.full(len(rows["clip"]), "", object)
@@ -455,157 +445,173 @@ def truth_of(rows, lives, categories):
                 box.append(xyxy)
                 # A category that training never showed is a class of its own, which no detection can hit.
                 category.append(-1 if raw < 0 else numbers.get(int(raw), len(numbers) + int(raw)))
-    return np.array(frame, int), np.array(category, int), np.array(box, np.float64).reshape(-1, 4), kinds
+    if not frame:
+        raise BadInput(f"{lives.root}: the {lives.split} split has no true boxes, and a detector is judged by boxes")
+    return {"image": np.array(frame), "category": np.array(category), "box_xyxy": np.array(box, np.float64)}, kinds
 
 
 def score_detections(rows, lives, categories):
-    """Table 1 of each method in `rows`, in percent: {method: {"class-agnostic": {column: AP}, "per category": {column: AP},
-    "hit": share of boxes found, "category": share named right, "kinds": {kind of frame: ...}}}, what was counted, and per
-    method what `ap50` needs: clip [F], score [F], hit [F] (IoU 0.5 or more), and true [Q], the boxes of each clip."""
-    frame, category, box, kinds = truth_of(rows, lives, categories)
-    if not len(frame):
-        raise BadInput(f"{lives.root}: the {lives.split} split has no true boxes, and a detector is judged by boxes")
-    clip_ids = np.array([lives.video_ids[c] for c in rows["clip"]], object)
-    parts = {"all": np.ones(len(clip_ids), bool)}
-    parts |= {f"{value} {name}": np.array([v in ids for v in clip_ids], bool) for (name, value), ids in lives.members.items()}
+    """Table 1 of each method in `rows`, in percent: {method: {"class-agnostic": {column: AP}, "per category": ...,
+    "hit": share of boxes found, "category": share named right, "kinds": {kind of frame: ...}}}, what was counted, and
+    per method what `ap50` needs: clip [F], score [F], hit [F] (IoU 0.5 or more), true [Q], the boxes of each clip."""
+    truth, kinds = truth_of(rows, lives, categories)
+    frame, told = truth["image"], (truth["category"] >= 0).all()
+    video_ids = [lives.video_ids[c] for c in rows["clip"]]
+    parts = {"all": np.ones(len(video_ids), bool)}
+    parts |= {f"{value} {name}": np.array([video_id in ids for video_id in video_ids])
+              for (name, value), ids in lives.members.items()}
+    shown, seen = np.isin(np.arange(len(video_ids)), frame), rows["sd"][:, 4] >= 0
     results, samples = {}, {}
     for method in (m for m in LABELS if m in rows):
-        found, seen = rows[method], rows[method][:, 4] >= 0
-        guess, right = found[:, 5].astype(int), found[frame, 5].astype(int) == category
-        views = {"class-agnostic": (np.zeros_like(category), np.zeros_like(guess))}
-        if (category >= 0).all():                                  # else the test boxes do not tell their category
-            views["per category"] = category, guess
-        result = results[method] = {"class-agnostic": dict.fromkeys(COLUMNS_1), "per category": dict.fromkeys(COLUMNS_1)}
-        for view, (true, guessed) in views.items():
-            for name, part in parts.items():
-                mine = part[frame]
-                if not mine.any():
-                    continue
-                ap = average_precision({"image": frame[mine], "category": true[mine], "box_xyxy": box[mine]},
-                                       {"image": np.flatnonzero(part & seen), "category": guessed[part & seen],
-                                        "box_xyxy": found[part & seen, :4], "score": found[part & seen, 4]})
-                columns = {column: column for column in ("AP", "AP50", "AP75")} if name == "all" else {name: "AP50"}
-                result[view] |= {column: 100 * ap[statistic] for column, statistic in columns.items()}
-        hit, shown = np.zeros(len(found), bool), np.zeros(len(found), bool)
-        np.logical_or.at(hit, frame, (_overlaps(found[frame, :4], box) >= 0.5) & seen[frame])
-        shown[frame] = True
-        samples[method] = {"clip": rows["clip"][seen], "score": found[seen, 4], "hit": hit[seen],
+        box, score, guess = rows[method][:, :4].astype(np.float64), rows[method][:, 4], rows[method][:, 5].astype(int)
+        found = {"image": np.flatnonzero(seen), "category": guess[seen], "box_xyxy": box[seen], "score": score[seen]}
+        alike = (side | {"category": np.zeros_like(side["category"])} for side in (truth, found))
+        hit = np.isin(np.arange(len(box)), frame[overlaps(box[frame], truth["box_xyxy"]) >= 0.5]) & seen
+        samples[method] = {"clip": rows["clip"][seen], "score": score[seen], "hit": hit[seen],
                            "true": np.bincount(rows["clip"][frame], minlength=len(lives))}
-        result["hit"] = 100 * float(hit[shown].mean())
-        result["category"] = 100 * float(right.mean()) if "per category" in views else None
-        result["kinds"] = {}
+        results[method] = {"class-agnostic": row_of_table_1(*alike, parts),
+                           "per category": row_of_table_1(truth, found, parts) if told else dict.fromkeys(COLUMNS_1),
+                           "hit": 100 * float(hit[shown].mean()),
+                           "category": 100 * float((guess[frame] == truth["category"]).mean()) if told else None,
+                           "kinds": {}}
         for kind in (k for k in (*data.SHOWN, "absent") if (kinds == k).any()):
             here = kinds == kind
-            result["kinds"][kind] = {"frames": int(here.sum()), "score": 100 * float(found[here, 4].mean()),
-                                     "hit": 100 * float(hit[here].mean()) if shown[here].any() else None}
-    return results, {"clips": len(lives), "frames": len(clip_ids), "boxes": len(frame), "missing": int((~seen).sum())}, samples
+            results[method]["kinds"][kind] = {"frames": int(here.sum()), "score": 100 * float(score[here].mean()),
+                                              "hit": 100 * float(hit[here].mean()) if shown[here].any() else None}
+    counts = {"clips": len(lives), "frames": len(video_ids), "boxes": len(frame), "missing": int((~seen).sum())}
+    return results, counts, samples
 
 
-def _overlaps(a, b):
-    """IoU row by row: a [G,4], b [G,4] -> [G]."""
-    inner = (np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])).clip(0).prod(1)
-    return inner / np.maximum((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - inner, 1e-9)
+def row_of_table_1(truth, found, parts):
+    """Columns of Table 1 in percent; parts: {"all" or a column's name: which frames are in it [F]}."""
+    row = dict.fromkeys(COLUMNS_1)
+    for name, part in parts.items():
+        true, here = ({key: value[part[side["image"]]] for key, value in side.items()} for side in (truth, found))
+        if len(true["image"]):
+            ap = average_precision(true, here)
+            row |= {c: 100 * ap[c] for c in ("AP", "AP50", "AP75")} if name == "all" else {name: 100 * ap["AP50"]}
+    return row
 
 
-def show_table_1(results, counts, markdown=False):
+def show_table_1(result, markdown=False):
+    """Print Table 1, and how often a box is right by the kind of frame."""
+    results, counts = result["results"], result["counts"]
     print(f"\nTable 1, one box a frame ({counts['clips']} clips, {counts['frames']} frames, {counts['boxes']} boxes, "
           f"missing={counts['missing']}); AP50 from the fourth column on\n")
     rows = [(f"{LABELS[m]}, {view}", *r[view].values()) for view in ("class-agnostic", "per category")
             for m, r in results.items() if r[view]["AP"] is not None]
-    print(table(("", *COLUMNS_1), rows + [(f"paper's {name}", *values) for name, values in PAPER_1.items()], markdown))
+    print(table(("", *COLUMNS_1), rows + [(f"paper's {m}", *values) for m, values in PAPER_1.items()], markdown))
     if results["sd"]["per category"]["AP"] is None:
         print("The true boxes do not tell their category: class-agnostic AP only.")
     kinds = results["sd"]["kinds"]
     rows = [(LABELS[m], r["hit"], *(r["kinds"][k]["hit"] for k in kinds), r["category"]) for m, r in results.items()]
-    rows += [(f"{LABELS[m]}, mean score", None, *(r["kinds"][k]["score"] for k in kinds), None) for m, r in results.items() if kinds]
+    rows += [(f"{LABELS[m]}, mean score", None, *(r["kinds"][k]["score"] for k in kinds), None)
+             for m, r in results.items() if kinds]
     print(f"\nFrames whose box has IoU 0.5 or more{', by kind of frame' if kinds else ''} (%)\n")
     print(table(("", "all", *kinds, "right category"), rows, markdown))
 
 
 # ------------------------------------------------------------------ Table 2
 
-PAPER_2 = {"SD": (30.6, 62.6, 73.5), "MD": (31.3, 63.2, 74.3)}
+# The paper's rows by the field that they vary (Tables 2 and 3; the losses stand in the main paper).
+PAPER_2 = {("boxes", "sd"): (30.6, 62.6, 73.5), ("boxes", "md"): (31.3, 63.2, 74.3),
+           ("negatives", "rand"): (27.6, 57.3, 69.7), ("negatives", "hard"): (29.4, 62.0, 73.7),
+           ("losses", "icl"): (31.5,), ("losses", "icl,pmd"): (33.1,), ("losses", "icl,pmd,pfr"): (33.8,)}
 SCORES = {"icl": "ICL", "pmd": "PMD", "fused": "ICL + PMD"}
 SOURCES = {"true": "true boxes", "md": "MD boxes", "sd": "SD boxes", "none": "whole frames"}
 
 
-def embed(encode, dataset, numbers, config, device, text=None):
-    """What `encode` gives for the samples `numbers` of a PairSet or ImageSet: a list of tensors, in that order.
+class Embedder:
+    """A trained RICE, and what it needs to see clips and shop images."""
 
-    text: the name of a progress bar, when there is to be one.
-    """
-    batches = DataLoader(dataset, batch_sampler=data.ShardSampler(numbers, 64), num_workers=config["workers"])
-    rows = [encode({name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()})
-            for batch in (watch(batches, text) if text else batches)]
-    return [torch.cat(column) for column in zip(*rows)]
+    def __init__(self, checkpoint, device, model=None):
+        self.config, self.device = checkpoint["config"], device
+        self.tokenizer = data.Tokenizer(bytes(checkpoint["tokenizer"].tolist()))
+        self.model = model or restore(checkpoint, device)[0]
+        self.scores = ("icl", "pmd", "fused") if hasattr(self.model, "pmd") else ("icl",)
 
+    def shop(self, read, titles, ids):
+        """Shop images as a data set; read: id -> uint8 [3,H,W] or BadInput, titles: {id: text}."""
+        return data.ImageSet(read, titles, self.tokenizer, self.config["size"], ids, self.config["text"])
 
-def image_encoder(model):
-    """What `embed` asks for shop images: a batch of an ImageSet -> embedding, tokens, whether it could be read."""
-    def encode(batch):
-        seen = torch.tensor([not bad for bad in batch["bad"]], device=batch["image"].device)
-        return *model.encode_images(data.to_float(batch["image"], data.CLIP), batch["title"]), seen
-    return encode
+    def clips(self, lives, boxes):
+        """A split as a data set, seen through boxes (see seen_through) or, when they are None, as whole frames."""
+        return data.PairSet(lives, self.tokenizer, self.config["frames"], self.config["size"], self.model.visual.grid,
+                            "frame" if boxes is None else self.config["view"], boxes, False, text=self.config["text"])
 
+    @torch.no_grad()
+    def embed(self, dataset, numbers, tokens=True, progress=None):
+        """Samples `numbers` of what `shop` or `clips` gave -> embedding [n,D], tokens [n,R,W] (unless tokens=False), of
+        clips their padding [n,R] too, and whether anything could be read [n]. progress: the name of a progress bar."""
+        workers = self.config["workers"] * (len(numbers) > 64)           # one batch is not worth another process
+        batches = DataLoader(dataset, batch_sampler=data.ShardSampler(numbers, 64), num_workers=workers)
+        rows = []
+        for batch in watch(batches, progress) if progress else batches:
+            batch = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+            if isinstance(dataset, data.PairSet):
+                frames = data.to_float(batch["frames"], data.CLIP)
+                row = self.model.encode_clips(frames, batch["keep"], batch["valid"], batch["asr"])[:3 if tokens else 1]
+                seen = batch["valid"].any(1)
+            else:
+                pixels = data.to_float(batch["image"], data.CLIP)
+                row = self.model.encode_images(pixels, batch["title"])[:2 if tokens else 1]
+                seen = torch.tensor([not bad for bad in batch["bad"]], device=self.device)
+            rows.append((*row, seen))
+        return [torch.cat(column) for column in zip(*rows)]
 
-def clip_encoder(model):
-    """The same for clips: a batch of a PairSet -> embedding, tokens, padding, whether a frame could be read."""
-    def encode(batch):
-        frames = data.to_float(batch["frames"], data.CLIP)
-        return *model.encode_clips(frames, batch["keep"], batch["valid"], batch["asr"]), batch["valid"].any(1)
-    return encode
-
-
-def rerank(model, similarity, images, clips, padding, top, together=8):
-    """ICL similarity [Q,M] -> the PMD's score of the first `top` images of each clip [Q,M]; the others are -inf.
-
-    images [M,1+P+1,W] and clips [Q,R,W] are tokens, padding [Q,R]; `together` clips are scored at a time.
-    """
-    scores = torch.full_like(similarity, -math.inf)
-    best = similarity.argsort(dim=1, descending=True, stable=True)[:, :top]                      # [Q,top]
-    for q in torch.arange(len(best), device=best.device).split(together):
-        pairs = torch.arange(len(q), device=q.device).repeat_interleave(best.shape[1])[:, None]  # [q*top,1]
-        score = model.pmd(images[best[q].flatten()], clips[q], padding[q], pairs)[0]             # [q*top,1]
-        scores[q] = scores[q].scatter(1, best[q], score.view(len(q), -1))
-    return scores
+    @torch.no_grad()
+    def rerank(self, similarity, images, clips, padding, top, together=8):
+        """ICL similarity [Q,M] -> the PMD's score of the first `top` images of each clip [Q,M]; the others are -inf.
+        images [M,1+P+1,W] and clips [Q,R,W] are tokens, padding [Q,R]; `together` clips are scored at a time."""
+        scores = torch.full_like(similarity, -math.inf)
+        best = similarity.argsort(dim=1, descending=True, stable=True)[:, :top]                      # [Q,top]
+        for q in torch.arange(len(best), device=best.device).split(together):
+            pairs = torch.arange(len(q), device=q.device).repeat_interleave(best.shape[1])[:, None]  # [q*top,1]
+            score = self.model.pmd(images[best[q].flatten()], clips[q], padding[q], pairs)[0]        # [q*top,1]
+            scores[q] = scores[q].scatter(1, best[q], score.view(len(q), -1))
+        return scores
 
 
 @torch.no_grad()
-def rank_live(model, tokenizer, config, lives, live, clips, sources, device):
+def rank_live(embedder, lives, live, clips, sources):
     """One live: its clips (numbers) against its own gallery, for every source of boxes.
 
-    -> {"live", "clips", "ids" of the gallery, "positive" [Q,M], "score": {source: {"icl": [Q,M], "pmd": ..., "fused": ...}},
-    "place": {source: {"icl": [Q], ...}}, how many images stand before the first true one}
+    -> {"live", "clips", "ids" of the gallery, "positive" [Q,M], "score": {source: {"icl": [Q,M], "pmd": ..., "fused":
+    ...}}, "place": {source: {"icl": [Q], ...}}, how many images stand before the first true one, and what is unread}
     """
     ids = list(dict.fromkeys(lives.galleries.get(live, [])))
     true = [set(lives.positives.get(lives.video_ids[q], [])) for q in clips]
-    row = {"live": live, "clips": clips, "ids": ids, "score": {},
-           "positive": np.array([[i in images for i in ids] for images in true], bool).reshape(len(clips), len(ids))}
-    names = ("icl", "pmd", "fused") if hasattr(model, "pmd") else ("icl",)
-    if not ids:
-        never = np.full(len(clips), np.iinfo(np.int64).max)
-        unread = {"unread images": 0, "unread clips": int((lives.lengths[clips] == 0).sum())}
-        return row | unread | {"place": {source: dict.fromkeys(names, never) for source in sources}}
-
-    shop = data.ImageSet(lives.image, lives.titles, tokenizer, config["size"], ids, config["text"])
-    image, image_tokens, readable = embed(image_encoder(model), shop, range(len(ids)), config, device)  # [M,D], [M,1+P+1,W], [M]
-    row |= {"unread images": int((~readable).sum()), "unread clips": 0}
-    for source, boxes in sources.items():
-        view = "frame" if boxes is None else config["view"]
-        pairs = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid, view, boxes, False,
-                             text=config["text"])
-        clip, tokens, padding, seen = embed(clip_encoder(model), pairs, clips, config, device)   # [Q,D], [Q,R,W], [Q,R], [Q]
-        scores = {"icl": model.scale() * clip @ image.T}                                         # [Q,M]
-        if hasattr(model, "pmd"):
-            scores["pmd"] = rerank(model, scores["icl"], image_tokens, tokens, padding, config["rerank"])
+    positive = np.array([[i in images for i in ids] for images in true], bool).reshape(len(clips), len(ids))
+    readable, seen = torch.ones(len(ids), dtype=torch.bool), torch.from_numpy(lives.lengths[clips] > 0)
+    score = {source: dict.fromkeys(embedder.scores, np.zeros(positive.shape)) for source in sources}
+    if ids:
+        shop = embedder.shop(lives.image, lives.titles, ids)
+        image, image_tokens, readable = embedder.embed(shop, range(len(ids)))                # [M,D], [M,1+P+1,W], [M]
+    for source, boxes in sources.items() if ids else ():
+        pairs = embedder.clips(lives, boxes)
+        clip, tokens, padding, seen = embedder.embed(pairs, clips)                          # [Q,D], [Q,R,W], [Q,R], [Q]
+        scores = {"icl": embedder.model.scale() * clip @ image.T}                                # [Q,M]
+        if "pmd" in embedder.scores:
+            scores["pmd"] = embedder.rerank(scores["icl"], image_tokens, tokens, padding, embedder.config["rerank"])
             scores["fused"] = scores["icl"] + scores["pmd"]
-        row["unread clips"] = int((~seen).sum())
-        # A clip without a frame that can be read, an image that cannot: no prediction. They stay in the denominator, as misses.
-        row["score"][source] = {name: s.masked_fill(~readable, -math.inf).masked_fill(~seen[:, None], math.nan).cpu().numpy()
-                                for name, s in scores.items()}
-    row["place"] = {source: {name: first_true(s, row["positive"]) for name, s in scores.items()}
-                    for source, scores in row["score"].items()}
-    return row
+        # A clip without a frame that can be read, an image that cannot: no prediction. They stay in the denominator.
+        score[source] = {name: s.masked_fill(~readable, -math.inf).masked_fill(~seen[:, None], math.nan).cpu().numpy()
+                         for name, s in scores.items()}
+    place = {source: {name: first_true(s, positive) for name, s in scores.items()} for source, scores in score.items()}
+    return {"live": live, "clips": clips, "ids": ids, "positive": positive, "score": score, "place": place,
+            "unread images": int((~readable).sum()), "unread clips": int((~seen).sum())}
+
+
+def box_sources(checkpoint, lives, folder, device, every_source):
+    """What RICE is judged through, {"true", "md", "sd" or "none" (whole frames): boxes}, and which it learnt with."""
+    config, sources = checkpoint["config"], {}
+    if config["view"] != "frame":
+        found = predicted_boxes(checkpoint["detector"], lives, folder, device) if "detector" in checkpoint else {}
+        sources = {"true": data.true_boxes(lives)} if lives.truth else {}
+        sources |= {name: seen_through(found, name, len(lives)) for name in ("md", "sd") if name in found}
+    sources["none"] = None
+    main = config["boxes"] if config["boxes"] in sources else "none"
+    return sources if every_source else {main: sources[main]}, main
 
 
 def score_ranking(checkpoint, lives, folder, device, model=None, every_source=True):
@@ -613,55 +619,53 @@ def score_ranking(checkpoint, lives, folder, device, model=None, every_source=Tr
 
     Live by live, so that memory holds one gallery; each process takes its share of the lives. every_source=False: only
     the boxes that the model was trained with. model: that of the checkpoint, when it is built already.
-    -> results {source: {"icl": {"R1": percent, ...}, "pmd": ..., "fused": ...}}, counts, what the picture shows, and the
-    place [Q] of each clip's first true image by each score, for the boxes that the model was trained with.
+    -> results {source: {"icl": {"R1": percent, ...}, "pmd": ..., "fused": ...}}, counts, what the picture shows, and
+    through the boxes of the training the place [Q] of each clip's first true image by each score.
     """
-    config, tokenizer = checkpoint["config"], data.Tokenizer(bytes(checkpoint["tokenizer"].tolist()))
-    model = model or restore(checkpoint, device)[0]
     if not lives.galleries or not lives.positives:
         raise BadInput(f"{lives.root}: the {lives.split} split needs {lives.split}_liveid_to_gallery_*.json and "
                        f"{lives.split}_videoid_to_gtimage_*.json to rank shop images")
-    sources = {"none": None}
-    if config["view"] != "frame":
-        found = predicted_boxes(checkpoint["detector"], lives, folder, device) if "detector" in checkpoint else {}
-        sources = {"true": data.true_boxes(lives)} if lives.truth else {}
-        sources |= {name: seen_through(found, name, len(lives)) for name in ("md", "sd") if name in found} | {"none": None}
-    main = config["boxes"] if config["boxes"] in sources else "none"
-    sources = sources if every_source else {main: sources[main]}
+    embedder = Embedder(checkpoint, device, model)
+    sources, main = box_sources(checkpoint, lives, folder, device, every_source)
     members, (rank, world) = {}, start_processes()
     for q, video_id in enumerate(lives.video_ids):
         members.setdefault(data.live_of(video_id), []).append(q)
-    mine = [rank_live(model, tokenizer, config, lives, live, clips, sources, device)
-            for live, clips in watch(list(members.items())[rank::world], "rank lives")]
-    place = {live: n for n, live in enumerate(members)}
-    rows = sorted((row for part in everyones(mine) for row in part), key=lambda row: place[row["live"]])
-    order = np.argsort(np.concatenate([row["clips"] for row in rows]), kind="stable")
+    mine = [rank_live(embedder, lives, *member, sources)
+            for member in watch(list(members.items())[rank::world], "rank lives")]
+    rows = {row["live"]: row for part in everyones(mine) for row in part}
+    rows = [rows[live] for live in members]
+    order = np.argsort(np.concatenate([row["clips"] for row in rows]), kind="stable")       # to the order of the split
+    places = {source: {name: np.concatenate([row["place"][source][name] for row in rows])[order]
+                       for name in embedder.scores} for source in sources}
+    results = {source: {name: shares(place) for name, place in ranked.items()} for source, ranked in places.items()}
+    shown = {"rows": rows, "source": main, "boxes": sources[main], "embedder": embedder}
+    return results, count_ranking(lives, rows, main, places[main], order), shown, places[main]
 
-    def joined(column):
-        """A value for each clip of each live -> for each clip of the split, in its order."""
-        return np.concatenate([column(row) for row in rows])[order]
 
-    def share(rank):
-        return {f"R{k}": 100 * float((rank < k).mean()) for k in (1, 5, 10)}
-
-    names = ("icl", "pmd", "fused") if hasattr(model, "pmd") else ("icl",)
-    places = {source: {name: joined(lambda row: row["place"][source][name]) for name in names} for source in sources}
-    true, images = joined(lambda row: row["positive"].sum(1)), joined(lambda row: np.full(len(row["clips"]), len(row["ids"])))
-    luck = {f"R{k}": 100 * float(np.mean([chance(int(m), int(p), k) for m, p in zip(images, true)])) for k in (1, 5, 10)}
-    counts = {"clips": len(lives), "lives": len(rows), "chance": luck, "missing": sum(row["unread clips"] for row in rows),
-              "missing images": sum(row["unread images"] for row in rows),
-              "gallery": float(images.mean()), "several true images": int((true > 1).sum()), "source": main, "each live": {}, "cases": {}}
+def count_ranking(lives, rows, main, places, order):
+    """What Table 2 was counted over, what chance would give, and its parts: by live, and by case of rendered data."""
+    true = np.concatenate([row["positive"].sum(1) for row in rows])[order]
+    images = np.concatenate([np.full(len(row["clips"]), len(row["ids"])) for row in rows])[order]
+    luck = {k: [chance(int(m), int(p), k) for m, p in zip(images, true)] for k in (1, 5, 10)}
+    counts = {"clips": len(lives), "lives": len(rows),
+              "chance": {f"R{k}": 100 * float(np.mean(each)) for k, each in luck.items()},
+              "missing": sum(row["unread clips"] for row in rows),
+              "missing images": sum(row["unread images"] for row in rows), "gallery": float(images.mean()),
+              "several true images": int((true > 1).sum()), "source": main, "each live": {}, "cases": {}}
     for row in rows:
-        hits = share(row["place"][main]["icl"]).values()
-        counts["each live"][row["live"]] = [len(row["clips"]), len(row["ids"]), *hits, 100 * chance(len(row["ids"]), 1, 1)]
+        n, m, hits = len(row["clips"]), len(row["ids"]), shares(row["place"][main]["icl"])
+        counts["each live"][row["live"]] = [n, m, *hits.values(), 100 * chance(m, 1, 1)]
     for case, members in lives.cases.items():
         inside = np.array([video_id in members for video_id in lives.video_ids], bool)
         if inside.any():
-            counts["cases"][case] = {"clips": int(inside.sum()), **{name: share(places[main][name][inside])["R1"] for name in names}}
-    results = {source: {name: share(rank) for name, rank in ranks.items()} for source, ranks in places.items()}
-    shown = {"rows": rows, "source": main, "boxes": sources[main], "score": names[-1], "model": model, "tokenizer": tokenizer,
-             "config": config}
-    return results, counts, shown, places[main]
+            hits = {name: shares(place[inside])["R1"] for name, place in places.items()}
+            counts["cases"][case] = {"clips": int(inside.sum()), **hits}
+    return counts
+
+
+def shares(place):
+    """Places of the first true image [Q] -> {"R1": percent, "R5": ..., "R10": ...}."""
+    return {f"R{k}": 100 * float((place < k).mean()) for k in (1, 5, 10)}
 
 
 def chance(images, true, k):
@@ -669,17 +673,24 @@ def chance(images, true, k):
     return 1 - math.comb(images - true, k) / math.comb(images, k) if true and k < images else float(true > 0)
 
 
-def show_table_2(results, counts, config, markdown=False):
+def show_table_2(result, markdown=False):
+    """Print Table 2, R1 of the cases, and the first lives."""
+    results, counts = result["results"], result["counts"]
     print(f"\nTable 2, rank-k within each live's own gallery ({counts['clips']} clips, {counts['lives']} lives, "
-          f"{counts['gallery']:.1f} images a gallery, missing={counts['missing']}, missing images={counts['missing images']})\n")
-    names = SCORES | {"pmd": f"PMD on the first {config['rerank']}"}
-    rows = [(f"{SOURCES[source]}, {names[score]}", *values.values()) for source, r in results.items() for score, values in r.items()]
-    rows += [("chance", *counts["chance"].values())] + [(f"paper's RICE, {name} boxes", *values) for name, values in PAPER_2.items()]
+          f"{counts['gallery']:.1f} images a gallery, missing={counts['missing']}, "
+          f"missing images={counts['missing images']})\n")
+    names = SCORES | {"pmd": f"PMD on the first {result['config']['rerank']}"}
+    rows = [(f"{SOURCES[source]}, {names[score]}", *values.values())
+            for source, scores in results.items() for score, values in scores.items()]
+    rows += [("chance", *counts["chance"].values())]
+    rows += [(f"paper's RICE, {name.upper()} boxes", *PAPER_2["boxes", name]) for name in ("sd", "md")]
     print(table(("", "R1", "R5", "R10"), rows, markdown))
     if counts["cases"]:
         print(f"\nR1 of the clips that only words, or only details, can tell ({SOURCES[counts['source']]})\n")
-        rows = [(case, str(value["clips"]), *(value[name] for name in names if name in value)) for case, value in counts["cases"].items()]
-        print(table(("", "clips", *list(names.values())[:len(rows[0]) - 2]), rows, markdown))
+        scores = [name for name in names if name in results[counts["source"]]]
+        print(table(("", "clips", *(names[name] for name in scores)),
+                    [(case, str(value["clips"]), *(value[name] for name in scores))
+                     for case, value in counts["cases"].items()], markdown))
     print(f"\nEach live's clips against its own gallery ({SOURCES[counts['source']]}, ICL)\n")
     rows = [(live, str(n), str(m), *row) for live, (n, m, *row) in list(counts["each live"].items())[:12]]
     print(table(("", "clips", "images", "R1", "R5", "R10", "chance R1"), rows, markdown))
@@ -689,11 +700,6 @@ def show_table_2(results, counts, config, markdown=False):
 
 # ------------------------------------------------------------------ several checkpoints: rows, seeds, intervals
 
-# What a paper's row has, by the field it varies (Tables 2 and 3; the losses stand in the main paper).
-PAPER_ROWS = {("boxes", "sd"): (30.6, 62.6, 73.5), ("boxes", "md"): (31.3, 63.2, 74.3), ("negatives", "rand"): (27.6, 57.3, 69.7),
-              ("negatives", "hard"): (29.4, 62.0, 73.7), ("losses", "icl"): (31.5,), ("losses", "icl,pmd"): (33.1,),
-              ("losses", "icl,pmd,pfr"): (33.8,)}
-WEIGHTLESS = {"workers", "save_every", "log_every", "eval_every", "out", "detectors", "init"}      # fields that change no weight
 SAME = WEIGHTLESS | {"seed", "preset", "data"}                                # one row, however they differ
 
 
@@ -705,44 +711,41 @@ def compare(runs, markdown=False):
     drawn anew, and seeds too. -> {"rows": [...], "differences": [...]} of plain values.
     """
     if len({json.dumps(samples["live"]) for _, _, samples in runs}) > 1:
-        raise BadInput("--ckpt: these checkpoints were not evaluated on the same clips; name one data folder with --data")
+        raise BadInput("--ckpt: not evaluated on the same clips; name one data folder with --data")
     rows, detectors = rows_of(runs), runs[0][0]["stage"] != "rice"
-    names = list(rows[0]["columns"][0])
-    print(f"\nTable {1 if detectors else 2} ({len(runs)} checkpoints, {len(runs[0][2]['live'])} clips; mean ± standard deviation over seeds)\n")
-    best = np.array([row["mean"] for row in rows])
-    bold = [(r, c + 2) for c in range(len(names)) for r in np.flatnonzero(best[:, c] == best[:, c].max()) if len(rows) > 1]
-    paper = [(f"paper's {name}", "", *values) for name, values in PAPER_1.items()] if detectors else []
-    print(table(("", "seeds", *names), [(row["name"], str(len(row["seeds"])), *zip(row["mean"], row["std"])) for row in rows]
-                + [(*row, *[None] * (2 + len(names) - len(row))) for row in paper], markdown, bold))
-    pairs = pairs_of(rows, detectors)
-    differences = []
-    for one, other in watch(pairs, "bootstrap"):
-        statistic = ap50 if detectors else r1
-        differences.append({"name": f"{one['name']} - {other['name']}", "mean": (one["mean"] - other["mean"]).tolist(),
-                            "clips": interval(one["samples"], other["samples"], statistic, False),
-                            "lives": interval(one["samples"], other["samples"], statistic, True),
-                            "paper": paper_difference(one, other, detectors, len(names))})
+    names = list(rows[0]["mean"])
+    best = np.array([list(row["mean"].values()) for row in rows])
+    bold = [(r, c + 2) for r, c in zip(*np.nonzero(best == best.max(0))) if len(rows) > 1]
+    paper = [(f"paper's {name}", "", *values, None) for name, values in PAPER_1.items()] if detectors else []
+    print(f"\nTable {1 if detectors else 2} ({len(runs)} checkpoints, {len(runs[0][2]['live'])} clips; "
+          "mean ± standard deviation over seeds)\n")
+    lines = [(row["name"], str(len(row["seeds"])), *zip(row["mean"].values(), row["std"].values())) for row in rows]
+    print(table(("", "seeds", *names), lines + paper, markdown, bold))
+    statistic, headline = (ap50, "AP50") if detectors else (r1, "R1")
+    differences, lines = [], []
+    for one, other in watch(pairs_of(rows, detectors), "bootstrap"):
+        clips, lives = (interval(one["samples"], other["samples"], statistic, by_live) for by_live in (False, True))
+        name, paper = f"{one['name']} - {other['name']}", paper_difference(one, other, names)
+        mean = {column: one["mean"][column] - other["mean"][column] for column in names}
+        differences.append({"name": name, "mean": mean, "clips": clips, "lives": lives, "paper": paper})
+        lines.append((name, *mean.values(), *(f"{low:+.1f} .. {high:+.1f}" for low, high in (clips, lives))))
+        lines += [("    the paper's", *paper, "", "")] if paper else []
     if differences:
-        headline = "AP50" if detectors else "R1"
         print(f"\nDifferences; {headline}: 95 % interval over clips and seeds, over lives and seeds\n")
-        lines = []
-        for d in differences:
-            lines.append((d["name"], *d["mean"], *(f"{low:+.1f} .. {high:+.1f}" for low, high in (d["clips"], d["lives"]))))
-            if d["paper"]:
-                lines.append(("    the paper's", *d["paper"], "", ""))
         print(table(("", *names, f"{headline}, clips", f"{headline}, lives"), lines, markdown))
-    plain = [{"name": row["name"], "seeds": row["seeds"], "mean": dict(zip(names, map(float, row["mean"]))),
-              "std": dict(zip(names, (None if v is None else float(v) for v in row["std"])))} for row in rows]
-    return {"rows": plain, "differences": [d | {"mean": dict(zip(names, d["mean"]))} for d in differences]}
+    plain = [{name: row[name] for name in ("name", "seeds", "mean", "std")} for row in rows]
+    return {"rows": plain, "differences": differences}
 
 
 def rows_of(runs):
-    """One row per configuration and method: its name (the fields in which configurations differ), numbers and samples by seed."""
+    """One row per configuration and method: its name (the fields in which configurations differ), its numbers, and the
+    samples of each seed."""
     stages = {result["stage"] for result, *_ in runs}
     if "rice" in stages and len(stages) > 1:
         raise BadInput("--ckpt: detectors and RICE have different tables; evaluate them one after the other")
     differing = [name for name in runs[0][0]["config"] if name not in SAME and any(
-        len({json.dumps(result["config"].get(name)) for result, *_ in runs if result["stage"] == stage}) > 1 for stage in stages)]
+        len({json.dumps(result["config"].get(name)) for result, *_ in runs if result["stage"] == stage}) > 1
+        for stage in stages)]
     groups, rows = {}, []
     for result, _, samples in runs:
         key = (result["stage"], *(json.dumps(result["config"].get(name)) for name in differing))
@@ -750,84 +753,144 @@ def rows_of(runs):
     for key, members in groups.items():
         config = members[0][0]["config"]
         for method in members[0][1]["methods"]:
-            label = (SCORES if config["stage"] == "rice" else LABELS)[method]
-            row = {"name": ", ".join([*(f"{name}={config.get(name)}" for name in differing), label]), "method": method, "group": key,
-                   "varied": [(name, config.get(name)) for name in differing],
-                   "seeds": [result["config"]["seed"] for result, _ in members],
-                   "columns": [columns_of(result, method) for result, _ in members],
-                   "samples": [samples["methods"][method] | {"live": samples["live"]} for _, samples in members]}
-            names = list(rows[0]["columns"][0] if rows else row["columns"][0])
-            values = np.array([[np.nan if c.get(name) is None else c[name] for name in names] for c in row["columns"]], float)
-            rows.append(row | {"mean": values.mean(0), "std": values.std(0, ddof=1) if len(values) > 1 else [None] * len(names)})
+            columns = [columns_of(result, method) for result, _ in members]
+            numbers = np.array([list(column.values()) for column in columns], float)
+            std = numbers.std(0, ddof=1).tolist() if len(members) > 1 else [None] * len(columns[0])
+            varied = [(name, str(config.get(name))) for name in differing]
+            rows.append({"name": ", ".join([*map("=".join, varied), (SCORES | LABELS)[method]]),
+                         "method": method, "group": key, "varied": varied,
+                         "seeds": [result["config"]["seed"] for result, _ in members],
+                         "mean": dict(zip(columns[0], numbers.mean(0).tolist())), "std": dict(zip(columns[0], std)),
+                         "samples": [samples["methods"][method] | {"live": samples["live"]} for _, samples in members]})
     return rows
 
 
 def columns_of(result, method):
     """One method's numbers of one evaluated checkpoint, under the columns of its table."""
     if result["stage"] != "rice":
-        return result["results"][method]["class-agnostic"] | {"category AP": result["results"][method]["per category"]["AP"]}
+        row = result["results"][method]
+        return row["class-agnostic"] | {"category AP": row["per category"]["AP"]}
     cases = {f"R1 {case}": value[method] for case, value in result["counts"]["cases"].items()}
     return result["results"][result["counts"]["source"]][method] | cases
 
 
 def pairs_of(rows, detectors):
-    """Which rows are compared: MD with SD and with its controls; RICE by the same score with the row above, and fused with ICL."""
+    """Which rows are compared: MD with SD and its controls; RICE by a score with the row above, and fused with ICL."""
     pairs = []
     for n, row in enumerate(rows):
         mates = [r for r in rows if r["group"] == row["group"] and r is not row]
-        if detectors and row["method"] == "md":
-            pairs += [(row, mate) for mate in mates]
-        if not detectors:
-            above = [r for r in rows[:n] if r["method"] == row["method"]]
-            pairs += [(row, above[-1])] if above else []
-            pairs += [(row, mate) for mate in mates if (row["method"], mate["method"]) == ("fused", "icl")]
+        above = [r for r in rows[:n] if r["method"] == row["method"]]
+        pairs += [(row, above[-1])] if above and not detectors else []
+        pairs += [(row, r) for r in mates if (row["method"], r["method"]) == ("fused", "icl") or row["method"] == "md"]
     return pairs
 
 
-def paper_difference(one, other, detectors, width):
-    """The paper's difference between two rows, where it has both; None otherwise."""
-    if detectors:
-        values = [PAPER_1.get(LABELS[row["method"]]) for row in (one, other)]
-    else:
-        changed = [(a, b) for a, b in zip(one["varied"], other["varied"]) if a != b]
-        values = [PAPER_ROWS.get(side) for side in changed[0]] if len(changed) == 1 else [None]
-    if not all(values) or one["method"] != other["method"] and not detectors:
-        return None
-    known = [a - b for a, b in zip(*values)]
-    return known + [None] * (width - len(known))
+def paper_difference(one, other, names):
+    """The paper's difference between two rows, None under columns that it does not have; None when it has neither."""
+    values = [PAPER_1.get(LABELS.get(row["method"])) for row in (one, other)]
+    changed = [pair for pair in zip(one["varied"], other["varied"]) if pair[0] != pair[1]]
+    if one["method"] == other["method"] and len(changed) == 1:
+        values = [PAPER_2.get(side) for side in changed[0]]
+    known = [a - b for a, b in zip(*values)] if all(values) else []
+    return known + [None] * (len(names) - len(known)) if known else None
 
 
 def interval(one, other, statistic, by_live, draws=1000):
-    """95 % interval of mean(one) - mean(other) over their seeds: paired bootstrap over clips, or over whole lives.
-
-    one, other: the samples of each seed. Both sides see the same clips drawn; each side draws its seeds.
-    """
+    """95 % interval of mean(one) - mean(other), the samples of each seed: paired bootstrap over clips, or whole lives.
+    Both sides see the same clips drawn; each side draws its seeds."""
     rng = np.random.default_rng(0)
     lives = np.unique(one[0]["live"], return_inverse=True)[1] if by_live else np.arange(len(one[0]["live"]))
     units = int(lives.max()) + 1
-    weights = rng.multinomial(units, np.full(units, 1 / units), draws)[:, lives]                           # [R,Q]
+    weights = rng.multinomial(units, np.full(units, 1 / units), draws)[:, lives]                           # [draws,Q]
     means = []
     for side in (one, other):
-        values = np.stack([statistic(sample, weights) for sample in side])                                 # [seeds,R]
-        means.append(np.take_along_axis(values, rng.integers(len(side), size=values.shape), 0).mean(0))    # [R]
+        values = np.stack([statistic(sample, weights) for sample in side])                            # [seeds,draws]
+        means.append(np.take_along_axis(values, rng.integers(len(side), size=values.shape), 0).mean(0))   # [draws]
     return np.percentile(means[0] - means[1], [2.5, 97.5]).tolist()
 
 
 def r1(sample, weights):
-    """R1 in percent when clip q counts weights[:,q] times: weights [R,Q] -> [R]."""
+    """R1 in percent when clip q counts weights[:,q] times: weights [draws,Q] -> [draws]."""
     return 100 * weights @ (sample["place"] < 1) / weights.sum(1)
 
 
 def ap50(sample, weights):
-    """Class-agnostic AP50 of one box a frame, in percent, when clip q counts weights[:,q] times: weights [R,Q] -> [R]."""
+    """Class-agnostic AP50 in percent when clip q counts weights[:,q] times: weights [draws,Q] -> [draws]."""
     order = np.argsort(-sample["score"], kind="stable")
-    w, hit = weights[:, sample["clip"][order]], sample["hit"][order]                                       # [R,F], [F]
-    true = np.cumsum(w * hit, 1)
-    precision = true / np.maximum(np.cumsum(w, 1), 1)
-    precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
-    recall = true / np.maximum(weights @ sample["true"], 1)[:, None]
-    at = np.stack([np.searchsorted(row, np.linspace(0, 1, 101)) for row in recall])                        # [R,101]
-    return 100 * np.where(at < len(order), np.take_along_axis(precision, at.clip(max=len(order) - 1), 1), 0).mean(1)
+    counted = weights[:, sample["clip"][order]]                                                            # [draws,F]
+    total = np.maximum(weights @ sample["true"], 1)[:, None]                                               # [draws,1]
+    right = (counted * sample["hit"][order]).cumsum(1)                                                     # [draws,F]
+    return 100 * precision_at_recalls(right, counted.cumsum(1), total).mean(1)
+
+
+# ------------------------------------------------------------------ one checkpoint
+
+
+def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None, every_source=True):
+    """Evaluate one checkpoint.
+
+    -> every number as a dict of plain values, what `draw_examples` draws from, and what `compare` draws anew: {"live"
+    [Q], "methods": {name: per clip or frame}}.
+    """
+    start_processes()
+    device, checkpoint = pick_device(), read_checkpoint(path)
+    config = checkpoint["config"]
+    for settings in (config, checkpoint.get("detector", {}).get("config", {})):
+        settings["workers"] = config["workers"] if workers is None else workers
+    config["rerank"] = config["rerank"] if top is None else top
+    if config["workers"] < 0 or config["rerank"] < 1:
+        raise BadInput("--workers is 0 or more, --rerank 1 or more")
+    out = data.output_folder(out or Path(path).parent)
+    # With --overfit a model is judged by the very clips that it was trained on.
+    overfit = config.get("overfit", 0)
+    lives = data.Lives(data_dir or config["data"], "train" if overfit else split)
+    lives = lives.few(overfit) if overfit else lives
+    if config["stage"] == "rice":
+        boxes = Path(config.get("detectors", out))                   # models that share a detector find its boxes there
+        results, counts, shown, places = score_ranking(checkpoint, lives, boxes if boxes.is_dir() else out, device,
+                                                       every_source=every_source)
+        look = ranking_look(shown, lives, places)
+        methods = {name: {"place": place} for name, place in places.items()}
+    else:
+        rows = predicted_boxes(checkpoint, lives, out, device)
+        results, counts, methods = score_detections(rows, lives, checkpoint["categories"])
+        look = detection_look(rows, lives, list(checkpoint["categories"].values()), methods)
+    result = {"stage": config["stage"], "data": str(lives.root), "split": lives.split, "counts": counts,
+              "results": results, "step": checkpoint["step"], "seed": config["seed"], "config": config,
+              "fingerprint": fingerprint(checkpoint)}
+    return result, look, {"live": [data.live_of(v) for v in lives.video_ids], "methods": methods}
+
+
+@torch.no_grad()
+def validate(model, checkpoint, folder, device):
+    """The one number by which training is watched, on the val lives; see headline."""
+    config, lives = checkpoint["config"], data.Lives(checkpoint["config"]["data"], "val")
+    model.eval()
+    if config["stage"] == "rice":
+        results, counts, *_ = score_ranking(checkpoint, lives, folder, device, model, every_source=False)
+    else:
+        rows = predict(model, config, checkpoint["categories"], lives, device, every_frame=False)
+        results, counts, _ = score_detections(rows, lives, checkpoint["categories"])
+    model.train()
+    return headline({"stage": config["stage"], "results": results, "counts": counts})
+
+
+def headline(result):
+    """The one number that tells how good a model is: {"AP50": class-agnostic} or {"R1": by ICL}, percent."""
+    if result["stage"] == "rice":
+        return {"R1": result["results"][result["counts"]["source"]]["icl"]["R1"]}
+    return {"AP50": result["results"][result["stage"]]["class-agnostic"]["AP50"]}
+
+
+def show(result, markdown=False):
+    """Print the table of what `evaluate` returned."""
+    (show_table_2 if result["stage"] == "rice" else show_table_1)(result, markdown)
+
+
+def write_json(path, value):
+    """Written whole or not at all."""
+    with data.whole(path) as part, open(part, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
 
 
 # ------------------------------------------------------------------ near-duplicates
@@ -837,139 +900,92 @@ def ap50(sample, weights):
 def duplicates(path, folder, threshold, block=2048):
     """Groups of shop images whose feature cosine exceeds the threshold (supplement, section 5 (3)).
 
-    Compared blockwise: memory is the features and one block of cosines. Prints the groups and writes folder/duplicates.txt:
-    image to drop <tab> image it repeats; nothing is deleted. -> groups, lists of image ids
+    Prints the groups and writes folder/duplicates.txt: image to drop <tab> image it repeats; nothing is deleted. Memory
+    is the features and one block of cosines. -> groups, lists of image ids
     """
     checkpoint, device = read_checkpoint(path), pick_device()
     if checkpoint["config"]["stage"] != "rice" or not -1 <= threshold <= 1:
         raise BadInput(f"--ckpt {path} --threshold {threshold}: expected a checkpoint of --stage rice and a cosine")
-    config, (model, tokenizer) = checkpoint["config"], restore(checkpoint, device)
-    lives = data.Lives.pictures(folder)
-    ids = sorted({data._safe_id(name[:-4], f"{folder}/images") for _, _, names in os.walk(lives.root / "images") for name in names
-                  if name.endswith((".jpg", ".png"))})
+    lives, embedder = data.Lives.pictures(folder), Embedder(checkpoint, device)
+    ids = sorted({data._safe_id(name[:-4], f"{folder}/images") for _, _, names in os.walk(lives.root / "images")
+                  for name in names if name.endswith((".jpg", ".png"))})
     if not ids:
         raise BadInput(f"{folder}/images: no .jpg and no .png")
-    shop = data.ImageSet(lives.image, {}, tokenizer, config["size"], ids, "none")
-    encode = image_encoder(model)
-    feature, seen = embed(lambda batch: encode(batch)[::2], shop, range(len(ids)), config, device, "features")   # [M,D], [M]
-    feature = feature.masked_fill(~seen[:, None], 0)
-    first = list(range(len(ids)))                                  # each image's group, named by its first image
-
-    def root(i):
-        while first[i] != i:
-            first[i] = first[first[i]]
-            i = first[i]
-        return i
-
+    shop = embedder.shop(lives.image, {}, ids)
+    feature, seen = embedder.embed(shop, range(len(ids)), False, "features")                     # [M,D], [M]
+    feature, first = feature.masked_fill(~seen[:, None], 0), np.arange(len(ids))      # a group is named by its first
     for start in watch(range(0, len(ids), block), "compare"):
         for low in range(start, len(ids), block):
             cosine = feature[start:start + block] @ feature[low:low + block].T                   # [block,block]
             for i, j in (cosine > threshold).nonzero().tolist():
-                a, b = sorted((root(start + i), root(low + j)))
-                first[b] = a
+                one, other = sorted((first[start + i], first[low + j]))
+                if one != other:
+                    first[first == other] = one
     groups = {}
-    for i in range(len(ids)):
-        groups.setdefault(root(i), []).append(ids[i])
+    for name, group in zip(ids, first.tolist()):
+        groups.setdefault(group, []).append(name)
     groups = [group for group in groups.values() if len(group) > 1]
     for group in groups[:20]:
         print("  ".join(group[:8]) + (f"  ... {len(group)} in all" if len(group) > 8 else ""))
-    listed = "".join(f"{again}\t{group[0]}\n" for group in groups for again in group[1:])
+    again = [f"{name}\t{group[0]}\n" for group in groups for name in group[1:]]
     with data.whole(lives.root / "duplicates.txt") as part:
-        Path(part).write_text(listed, encoding="utf-8")
-    print(f"{len(ids)} images, {len(groups)} groups (20 shown at most), {sum(map(len, groups)) - len(groups)} to drop: {folder}/duplicates.txt")
+        Path(part).write_text("".join(again), encoding="utf-8")
+    print(f"{len(ids)} images, {len(groups)} groups (20 shown at most), {len(again)} to drop: {folder}/duplicates.txt")
     return groups
 
 
-# ------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------ pictures: what they are made of
 
 COLOURS = {"sd": (222, 112, 10), "md": (20, 100, 220)}
 BORDERS = {True: (40, 160, 60), False: (205, 50, 45), None: (150, 150, 150)}         # right, wrong, nobody knows
 SIDE = 144                                                                           # pixels of a picture on a sheet
 INK = (50, 50, 50)
-# By the highest sign that a text holds: Pillow's own font knows ASCII, the others go by the names that Debian, macOS and
-# Windows give them; the first that is installed is taken.
-FONTS = ((0x80, ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "Helvetica.ttc")),
-         (0x2E80, ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-zenhei.ttc", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf",
-                   "PingFang.ttc", "Hiragino Sans GB.ttc", "msyh.ttc", "simsun.ttc")))
+GREY = Image.new("RGB", (96, 96), (190, 190, 190))                                   # for what cannot be read
+# Pillow's own font knows ASCII; for other signs the first that is installed, by its name on Debian, macOS or Windows.
+FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-zenhei.ttc", "wqy-microhei.ttc", "PingFang.ttc",
+         "DroidSansFallbackFull.ttf", "Hiragino Sans GB.ttc", "msyh.ttc", "simsun.ttc", "DejaVuSans.ttf", "Arial.ttf")
 
 
 @functools.lru_cache
-def font(size, script=0):
-    """Pillow's own font (script 0), or the first installed one of FONTS[script - 1]; without one, strange signs become boxes."""
-    for name in FONTS[script - 1][1] if script else ():
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            pass
-    try:
-        return ImageFont.load_default(size)
-    except (OSError, ImportError):                  # Pillow without FreeType
-        return ImageFont.load_default()
+def font(plain=True):
+    """Pillow's own font, or one of FONTS; without one strange signs become boxes."""
+    for name in () if plain else FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, 12)
+    return ImageFont.load_default(12)
 
 
-def write(draw, at, text, width, lines=1, size=12, fill=INK, halo=None):
-    """Text from `at` on, wrapped to `width` pixels and cut after `lines` lines; `halo` is a colour around its strokes."""
+def write(draw, at, text, width, lines=1, fill=INK):
+    """Text from `at` on, wrapped to `width` pixels and cut after `lines` lines of 15 pixels."""
     rest = " ".join(str(text)[:1000].split())
-    kind, shown = font(size, sum(max(map(ord, rest), default=0) >= lowest for lowest, _ in FONTS)), []
-    if not isinstance(kind, ImageFont.FreeTypeFont):
-        rest = rest.encode("latin-1", "replace").decode("latin-1")
-    while rest and len(shown) < lines:
-        fits = next((n for n in range(1, len(rest)) if kind.getlength(rest[:n + 1]) > width), len(rest))
-        last = len(shown) + 1 == lines and fits < len(rest)
-        cut = fits if fits == len(rest) or last or " " not in rest[1:fits + 1] else rest.rindex(" ", 1, fits + 1)
-        shown.append(rest[:max(1, cut - 2)] + "..." if last else rest[:cut])
+    letters = font(rest.isascii())
+    for n in range(lines):
+        fits = next((k for k in range(1, len(rest)) if letters.getlength(rest[:k + 1]) > width), len(rest))
+        last, space = n + 1 == lines and fits < len(rest), rest.rfind(" ", 1, fits + 1)
+        cut = space if fits < len(rest) and space > 0 and not last else fits
+        line = rest[:max(1, cut - 2)] + "..." if last else rest[:cut]
+        draw.text((at[0], at[1] + 15 * n), line, fill, letters)
         rest = rest[cut:].lstrip()
-    for n, line in enumerate(shown):
-        draw.text((at[0], at[1] + n * (size + 3)), line, fill, kind, stroke_width=2 if halo else 0, stroke_fill=halo)
 
 
-def thumbnail(picture, size, boxes=()):
-    """A picture fitted into (w, h) pixels, centred on white, with boxes [(xyxy in its pixels, colour, dashed)] drawn on it."""
+def caption(text, width, lines=1, fill=INK):
+    """A text as a picture of its own, to be joined to another."""
+    picture = Image.new("RGB", (width, 15 * lines + 2), "white")
+    write(ImageDraw.Draw(picture), (2, 1), text, width - 4, lines, fill)
+    return picture
+
+
+def fit(picture, size, boxes=()):
+    """A picture centred in (w, h) pixels, with boxes [(xyxy in its pixels, colour)]; true ones: None, dashed white."""
     scale = min(size[0] / picture.width, size[1] / picture.height)
     small = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.BILINEAR)
-    draw = ImageDraw.Draw(small)
-    for xyxy, colour, dashed in boxes:
+    for xyxy, colour in boxes:
         x1, y1, x2, y2 = (float(v) * scale for v in xyxy)
-        if dashed:
-            _dashed(draw, (x1, y1, x2, y2), colour)
-        elif x1 <= x2 and y1 <= y2:
-            draw.rectangle([x1, y1, x2, y2], outline=colour, width=2)
+        outline = Image.new("L", small.size)
+        ImageDraw.Draw(outline).rectangle([min(x1, x2), min(y1, y2), x2, y2], outline=255, width=2)
+        dashes = np.indices(outline.size[::-1]).sum(0) // 6 % 2 if colour is None else 1
+        small.paste(colour or "white", mask=Image.fromarray(np.uint8(np.asarray(outline) * dashes)))
     return ImageOps.pad(small, size, color="white")
-
-
-def _dashed(draw, box, colour, dash=6):
-    x1, y1, x2, y2 = box
-    for a, b in (((x1, y1), (x2, y1)), ((x2, y1), (x2, y2)), ((x2, y2), (x1, y2)), ((x1, y2), (x1, y1))):
-        length = max(1, math.hypot(b[0] - a[0], b[1] - a[1]))
-        for start in np.arange(0, length, 2 * dash):
-            stretch = (start / length, min(1, (start + dash) / length))
-            draw.line([p + (q - p) * s for s in stretch for p, q in zip(a, b)], fill=colour, width=2)
-
-
-def grey(side=96):
-    return Image.new("RGB", (side, side), (190, 190, 190))
-
-
-def to_image(pixels):
-    """uint8 [3,H,W] -> a picture."""
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
-
-
-def open_picture(read, name):
-    """A picture, grey where it cannot be read."""
-    try:
-        return to_image(read(name))
-    except BadInput:
-        return grey()
-
-
-def open_frame(lives, name):
-    """A frame in the pixels that its boxes are given in, grey where it cannot be read."""
-    try:
-        pixels, size = lives.frame(name)
-    except BadInput:
-        return grey()
-    return to_image(pixels).resize(size)
 
 
 def join(pictures, axis, gap=6):
@@ -983,31 +999,13 @@ def join(pictures, axis, gap=6):
     return sheet
 
 
-def titled(picture, text, height=20, size=13):
-    """A picture under as much of a text as fits into `height` pixels."""
-    sheet = Image.new("RGB", (picture.width, picture.height + height), "white")
-    sheet.paste(picture, (0, height))
-    write(ImageDraw.Draw(sheet), (2, 2), text, picture.width - 4, max(1, height // (size + 3)), size)
-    return sheet
-
-
-def cell(picture, text, border=None, lines=3):
-    """A picture with a border in a colour of BORDERS, `lines` lines of text below."""
-    sheet = Image.new("RGB", (picture.width, picture.height + 6 + 15 * lines), "white")
-    sheet.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(sheet)
-    if border:
-        draw.rectangle([0, 0, picture.width - 1, picture.height - 1], outline=border, width=4)
-    write(draw, (2, picture.height + 4), text, picture.width - 4, lines)
-    return sheet
-
-
-def ranking_row(strip, text, answers, name=""):
-    """A clip's strip with what was said below it, and its first shop images: answers [(picture, caption, border)]."""
-    wide = Image.new("RGB", (max(strip.width, 3 * SIDE + 8), strip.height), "white")       # one frame or three, the columns line up
-    wide.paste(strip, (0, 0))
-    row = join([cell(wide, text), *(cell(thumbnail(picture, (SIDE, SIDE)), *rest) for picture, *rest in answers)], 0)
-    return titled(row, name) if name else row
+def picture_of(read, name):
+    """What read(name) gives (uint8 [3,H,W]; of a frame also the size that its boxes are in), grey when unreadable."""
+    try:
+        pixels = read(name)
+    except BadInput:
+        return GREY
+    return to_pil_image(pixels[0]).resize(pixels[1]) if isinstance(pixels, tuple) else to_pil_image(pixels)
 
 
 def save_picture(picture, path):
@@ -1017,34 +1015,67 @@ def save_picture(picture, path):
 
 
 def pages(rows, folder, name, each=6):
-    """Rows, as they come, on sheets folder/NAME-1.png, ...; -> their paths."""
-    paths, rows = [], iter(rows)
+    """Rows, as they come, on sheets folder/NAME-1.png, ...; None among them is left out. -> their paths"""
+    paths, rows = [], filter(None, rows)
     while sheet := list(itertools.islice(rows, each)):
         paths.append(save_picture(join(sheet, 1, 14), Path(folder) / f"{name}-{len(paths) + 1}.png"))
     return paths
 
 
-def detection_strip(rows, lives, names, c, height=210, most=8):
-    """One clip's frames with SD's box (orange), MD's (blue) and the true one (dashed white); None when it has no frame."""
-    clip, strip = lives.clip(int(c)), []
-    here = np.flatnonzero(rows["clip"] == c)
-    for f in here[data.even_frames(len(here), most)]:
-        t = int(rows["position"][f])
-        picture, boxes, texts = open_frame(lives, clip.frame_ids[t]), [], []
-        boxes += [(box[:4], (255, 255, 255), True) for box in (clip.boxes[t] if clip.boxes else [])]
-        for method, colour in COLOURS.items():
-            if method in rows and rows[method][f, 4] >= 0:
-                *xyxy, score, category = rows[method][f]
-                boxes.append((xyxy, colour, False))
-                texts.append((f"{method.upper()} {names[int(category)]} {score:.2f}", colour))
-        size = (min(4 * height, max(120, round(picture.width * height / picture.height))), height)     # however long and thin it is
-        frame = titled(thumbnail(picture, size, boxes), clip.kinds[t] if clip.kinds else "", 18, 12)
-        sheet = Image.new("RGB", (frame.width, frame.height + 32), "white")
-        sheet.paste(frame, (0, 0))
-        for n, (text, colour) in enumerate(texts):
-            write(ImageDraw.Draw(sheet), (2, frame.height + 2 + 15 * n), text, frame.width - 4, fill=colour)
-        strip.append(sheet)
-    return join(strip, 0, 4) if strip else None
+# ------------------------------------------------------------------ pictures of a test set
+
+
+def detection_look(rows, lives, names, samples):
+    """How the pictures see an evaluated detector: how to draw clip c (None when it has no frame; SD's box orange, MD's
+    blue, the true one dashed white), and how many true boxes it missed there [Q]."""
+    sample = samples["md" if "md" in samples else "sd"]
+
+    def draw(c, name, height=210, most=8):
+        clip, strip, here = lives.clip(c), [], np.flatnonzero(rows["clip"] == c)
+        for f in here[data.even_frames(len(here), most)]:
+            t = int(rows["position"][f])
+            found = {method: rows[method][f] for method in COLOURS if method in rows and rows[method][f, 4] >= 0}
+            boxes = [(box[:4], None) for box in (clip.boxes[t] if clip.boxes else [])]
+            boxes += [(box[:4], COLOURS[method]) for method, box in found.items()]
+            picture = picture_of(lives.frame, clip.frame_ids[t])
+            width = min(4 * height, max(120, round(picture.width * height / picture.height)))   # however long and thin
+            texts = [caption(f"{method.upper()} {names[int(box[5])]} {box[4]:.2f}", width, fill=COLOURS[method])
+                     for method, box in found.items()]
+            kind = caption(clip.kinds[t] if clip.kinds else "", width)
+            strip.append(join([kind, fit(picture, (width, height), boxes), *texts], 1, 0))
+        return join(strip, 0, 4) if strip else None
+
+    missed = sample["true"] - np.bincount(sample["clip"], sample["hit"], len(lives))
+    return {"name": "detections", "hard": missed, "row": draw}
+
+
+def ranking_look(shown, lives, places):
+    """The same for RICE: clip q and its first images, the place of the first true one [Q], and where it looks."""
+    where = {q: (row, n) for row in shown["rows"] if row["ids"] for n, q in enumerate(row["clips"])}
+    score = shown["embedder"].scores[-1]
+
+    def ranked(q):
+        row, n = where[q]
+        scores = row["score"][shown["source"]][score][n]
+        return scores, np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable"), row["ids"], row["positive"][n]
+
+    def draw(q, name):
+        if q not in where:
+            return None
+        scores, order, ids, true = ranked(q)
+        answers = [(m, f"{scores[m]:.1f} " if np.isfinite(scores[m]) else "") for m in order[:5]]
+        if not true[order[:5]].any():
+            answers += [(m, f"place {n}: ") for n, m in enumerate(order, 1) if true[m]][:1]
+        answers = [(picture_of(lives.image, ids[m]), text + lives.titles.get(ids[m], ""), BORDERS[bool(true[m])])
+                   for m, text in answers]
+        return ranking_row(clip_strip(lives, q, shown["boxes"]), lives.clip(q).asr, answers, name)
+
+    def attention(q):
+        _, order, ids, _ = ranked(q)
+        return attention_of(shown, lives, q, ids[order[0]])
+
+    look = {"name": "ranking", "hard": places[score], "row": draw}
+    return look | ({"attention": attention} if hasattr(shown["embedder"].model, "pfr_head") else {})
 
 
 def clip_strip(lives, q, boxes, frames=3):
@@ -1053,199 +1084,146 @@ def clip_strip(lives, q, boxes, frames=3):
     rows = range(boxes["start"][q], boxes["start"][q + 1]) if boxes else []
     positions = [int(boxes["position"][r]) for r in rows] or list(range(len(clip.frame_ids)))
     for j in data.even_frames(len(positions), frames):
-        drawn = [(boxes["box"][rows[j], :4], COLOURS["md"], False)] if len(rows) else []
-        pictures.append(thumbnail(open_frame(lives, clip.frame_ids[positions[j]]), (SIDE, SIDE), drawn))
-    return join(pictures or [grey(SIDE)], 0, 4)
+        drawn = [(boxes["box"][r, :4], COLOURS["md"]) for r in rows[j:j + 1] if boxes["box"][r, 4] >= 0]
+        pictures.append(fit(picture_of(lives.frame, clip.frame_ids[positions[j]]), (SIDE, SIDE), drawn))
+    return join(pictures or [GREY.resize((SIDE, SIDE))], 0, 4)
 
 
-def ranked(shown, lives, row, place, name=""):
-    """The sheet's row of a clip: clip number row["clips"][place] and the first five of its gallery."""
-    q, scores = row["clips"][place], row["score"][shown["source"]][shown["score"]][place]
-    answers = []
-    order, true = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable"), row["positive"][place]
-    missed = [m for m in order[5:] if true[m]][:1] if not true[order[:5]].any() else []          # the right one, where it is not among five
-    for m in [*order[:5], *missed]:
-        score = f"place {np.flatnonzero(order == m)[0] + 1}: " if m in missed else f"{scores[m]:.1f} " if np.isfinite(scores[m]) else ""
-        answers.append((open_picture(lives.image, row["ids"][m]), score + lives.titles.get(row["ids"][m], ""), BORDERS[bool(true[m])]))
-    said = lives.clip(q).asr
-    return ranking_row(clip_strip(lives, q, shown["boxes"]), f'"{said}"' if said else "", answers, name)
-
-
-def attention_sheet(model, frames, image, encoded, patches=4):
-    """From where in a clip PFR rebuilds a few patches of a shop image, as heat: "cross-view semantic alignment" to look at.
-
-    frames uint8 [T,3,S,S] and image uint8 [3,S,S] as RICE saw them; encoded: the image's tokens [1,Q,W], the clip's
-    [1,R,W], padding [1,R]. The patches are those with the most detail, no two of them neighbours.
-    """
-    T, P = len(frames), model.visual.grid ** 2
-    _, maps = model.pmd(*encoded, torch.zeros(1, 1, dtype=torch.long, device=encoded[0].device))
-    maps, padding = model.patch_maps(maps, encoded[2], T)
-    weight = rice.pfr_weights(maps, model.pfr_head, padding)[0].view(P, T, model.visual.grid, -1)     # [P,T,g,g]
-    size = image.shape[1] // model.visual.grid
-    detail = image.float().unfold(1, size, size).unfold(2, size, size).flatten(3).std(3).mean(0).flatten()   # [P]
-    chosen, grid = [], model.visual.grid
-    for p in detail.argsort(descending=True).tolist():
-        if all(max(abs(p // grid - c // grid), abs(p % grid - c % grid)) > 1 for c in chosen):
-            chosen.append(p)
-    rows = []
-    for p in sorted(chosen[:patches]):
-        heat = torch.nn.functional.interpolate(weight[p][:, None], (SIDE, SIDE), mode="bilinear")[:, 0]  # [T,SIDE,SIDE]
-        heat = ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-9)).cpu().numpy()[..., None]
-        shop = to_image(image).resize((SIDE, SIDE))
-        edges = [round(v * SIDE / grid) for v in (p % grid, p // grid, p % grid + 1, p // grid + 1)]
-        ImageDraw.Draw(shop).rectangle(edges, outline=(230, 30, 30), width=3)
-        cells = [shop]
-        for t in (~padding[0].view(T, -1)).any(1).nonzero()[:, 0].tolist():                              # frames that are there
-            frame = np.asarray(to_image(frames[t]).convert("L").convert("RGB").resize((SIDE, SIDE)), float)
-            mixed = frame * (0.75 - 0.55 * heat[t]) + np.array([255, 60, 0]) * 0.8 * heat[t]
-            cells.append(Image.fromarray(mixed.clip(0, 255).astype(np.uint8)))
-        rows.append(join(cells, 0, 4))
-    return join(rows, 1, 4)
-
-
-def draw_curves(log, path, result=None):
-    """A run's JSON log as a picture: each term of the loss, and AP50 or R1 of the val lives, over steps.
-
-    The grey line is the paper's figure (another data set); `result` is what `evaluate` gave at the end, drawn as a dot.
-    -> path, or None where there is no log.
-    """
-    lines = []
-    for text in Path(log).read_text().splitlines() if Path(log).exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            pass                                                     # a line that a dying process tore
-    panels = {}
-    for line in lines:
-        for name, value in line.items():
-            if name not in ("step", "lr", "norm", "scale") and isinstance(value, (int, float)):
-                panels.setdefault(name, []).append((line["step"], value))
-    if not panels:
-        return None
-    paper = {"AP50": PAPER_1["SD" if Path(log).stem == "sd" else "MD"][1], "R1": PAPER_2["MD"][0]}
-    final = {}
-    if result and result["stage"] == "rice":
-        final = {"R1": result["results"][result["counts"]["source"]]["icl"]["R1"]}
-    elif result:
-        final = {"AP50": result["results"][result["stage"]]["class-agnostic"]["AP50"]}
-    last = lines[-1]["step"]
-    for name, value in final.items():
-        panels.setdefault(name, [])
-    cells = [_panel(name, points, last, paper.get(name), final.get(name)) for name, points in panels.items()]
-    return save_picture(join([join(cells[n:n + 4], 0, 18) for n in range(0, len(cells), 4)], 1, 18), path)
-
-
-def _panel(name, points, last, paper, final, size=(300, 210)):
-    """One curve: [(step, value)], a horizontal line for the paper's value, a dot for the final one on the test lives."""
-    panel, (left, top, right, bottom) = Image.new("RGB", size, "white"), (46, 26, size[0] - 12, size[1] - 26)
-    draw, values = ImageDraw.Draw(panel), [v for _, v in points] + [v for v in (paper, final) if v is not None]
-    low, high = (0, 100) if paper is not None else (min(values), max(values))
-    high = high if high > low else low + 1
-    place = lambda step, value: (left + (right - left) * step / max(1, last), bottom - (bottom - top) * (value - low) / (high - low))
-    draw.rectangle([left, top, right, bottom], outline=(200, 200, 200))
-    if paper is not None:
-        draw.line([left, place(0, paper)[1], right, place(0, paper)[1]], (150, 150, 150), 1)
-        write(draw, (left + 6, place(0, paper)[1] - 16), f"paper (LPR4M) {paper}", 200, size=11, fill=(120, 120, 120))
-    spots = [place(*point) for point in points]
-    if len(spots) > 1:
-        draw.line(spots, COLOURS["md"], 2)
-    for x, y in spots if paper is not None else []:
-        draw.ellipse([x - 3, y - 3, x + 3, y + 3], COLOURS["md"])
-    label = f"{name} {'val ' if paper is not None else ''}{points[-1][1]:.3g}" if points else name
-    if final is not None:
-        x, y = place(last, final)
-        draw.ellipse([x - 5, y - 5, x + 5, y + 5], COLOURS["sd"])
-        label += f"  test {final:.1f}"
-    write(draw, (left, 5), label, right - left, size=14)
-    for value, y in ((high, top), (low, bottom - 12)):
-        write(draw, (2, y), f"{value:.3g}", left - 4, size=11)
-    write(draw, (left, bottom + 5), "0", 40, size=11)
-    write(draw, (right - font(11).getlength(f"step {last}"), bottom + 5), f"step {last}", 90, size=11)
-    return panel
-
-
-# ------------------------------------------------------------------ examples of a test set
-
-
-def detection_look(rows, lives, names, samples):
-    """How `draw_examples` sees an evaluated detector: what it draws of clip c, and how many true boxes it missed there."""
-    sample = samples["md" if "md" in samples else "sd"]
-    found = np.bincount(sample["clip"], sample["hit"], len(lives))
-    return {"name": "detections", "hard": sample["true"] - found, "rows": lambda c, name: [detection_strip(rows, lives, names, c)]}
-
-
-def ranking_look(shown, lives, places, device):
-    """The same for RICE: the clip's row of the ranking sheet; hard is the place of its first true image."""
-    where = {int(q): (row, n) for row in shown["rows"] if row["ids"] for n, q in enumerate(row["clips"])}
-    look = {"name": "ranking", "hard": places[shown["score"]],
-            "rows": lambda c, name: [ranked(shown, lives, *where[c], name)] if c in where else []}
-    if hasattr(shown["model"], "pfr_head"):
-        look["attention"] = lambda c: attention_of(shown, lives, *where[c], device) if c in where else None
-    return look
+def ranking_row(strip, said, answers, name):
+    """A clip's strip with what was said below it, and its first shop images: answers [(picture, text, border)]."""
+    wide = ImageOps.pad(strip, (3 * SIDE + 8, SIDE), color="white", centering=(0, 0))      # one frame or three
+    cells = [join([wide, caption(f'"{said}"' if said else "", wide.width, 3)], 1, 3)]
+    for picture, text, border in answers:
+        framed = ImageOps.expand(fit(picture, (SIDE - 8, SIDE - 8)), 4, border)
+        cells.append(join([framed, caption(text, SIDE, 3)], 1, 3))
+    row = join(cells, 0)
+    return join([caption(name, row.width), row], 1, 2) if name else row
 
 
 @torch.no_grad()
-def attention_of(shown, lives, row, place, device):
-    """The attention sheet of a clip and the image that it ranks first."""
-    model, tokenizer, config = shown["model"], shown["tokenizer"], shown["config"]
-    q, scores = row["clips"][place], row["score"][shown["source"]][shown["score"]][place]
-    first = row["ids"][int(np.argmax(np.nan_to_num(scores, nan=-np.inf)))]
-    shop = data.ImageSet(lives.image, lives.titles, tokenizer, config["size"], [first], config["text"])
-    clips = data.PairSet(lives, tokenizer, config["frames"], config["size"], model.visual.grid,
-                         "frame" if shown["boxes"] is None else config["view"], shown["boxes"], False, text=config["text"])
-    item = clips[(0, q)]
-    T = int(item["valid"].sum())
-    if not T:
+def attention_of(shown, lives, q, first):
+    """The attention sheet of clip q and the image `first` that it ranks first; None when no frame can be read."""
+    embedder = shown["embedder"]
+    shop, clips = embedder.shop(lives.image, lives.titles, [first]), embedder.clips(lives, shown["boxes"])
+    (_, image_tokens, _), (_, tokens, padding, seen) = embedder.embed(shop, [0]), embedder.embed(clips, [q])
+    if not seen.any():
         return None
-    _, image_tokens, _ = embed(image_encoder(model), shop, [0], config | {"workers": 0}, device)
-    _, tokens, padding, _ = embed(clip_encoder(model), clips, [q], config | {"workers": 0}, device)
-    sheet = attention_sheet(model, item["frames"], shop[(0, 0)]["image"], (image_tokens, tokens, padding))
-    return titled(sheet, f"{lives.clip(q).video_id}: red square, a patch of the shop image ranked first; orange, where in the clip "
-                  "it is rebuilt from", 20 if T > 3 else 68)
+    encoded = image_tokens, tokens, padding
+    sheet = attention_sheet(embedder.model, clips[(0, q)]["frames"], shop[(0, 0)]["image"], encoded)
+    text = "red square, a patch of the shop image ranked first; orange, where in the clip it is rebuilt from"
+    return join([caption(f"{lives.video_ids[q]}: {text}", sheet.width, 1 if sheet.width > 800 else 4), sheet], 1, 2)
+
+
+def attention_sheet(model, frames, image, encoded, patches=4):
+    """From where in a clip PFR rebuilds a few patches of a shop image, as heat: "cross-view semantic alignment" to see.
+
+    frames uint8 [T,3,S,S] and image uint8 [3,S,S] as RICE saw them; encoded: the image's tokens [1,1+P+1,W], the clip's
+    [1,R,W], padding [1,R]. The patches are those with the most detail.
+    """
+    T, grid = len(frames), model.visual.grid
+    _, maps = model.pmd(*encoded, torch.zeros(1, 1, dtype=torch.long, device=encoded[0].device))
+    maps, padding = model.patch_maps(maps, encoded[2], T)                                    # [1,heads,P,T*P], [1,T*P]
+    weight = rice.pfr_weights(maps, model.pfr_head, padding)[0].view(-1, T, grid, grid)          # [P,T,grid,grid]
+    size, rows = image.shape[1] // grid, []
+    detail = image.float().unfold(1, size, size).unfold(2, size, size).std((3, 4)).mean(0).flatten()       # [P]
+    for p in detail.topk(min(patches, len(detail))).indices.sort().values.tolist():
+        heat = (weight[p] - weight[p].min()) / (weight[p].max() - weight[p].min()).clamp(min=1e-9)   # [T,grid,grid]
+        shop = to_pil_image(image).resize((SIDE, SIDE))
+        edges = [round(v * SIDE / grid) for v in (p % grid, p // grid, p % grid + 1, p // grid + 1)]
+        ImageDraw.Draw(shop).rectangle(edges, outline=(230, 30, 30), width=3)
+        cells = [shop]
+        for t in (~padding[0].view(T, -1)).any(1).nonzero()[:, 0].tolist():                      # frames that are there
+            dark = to_pil_image(frames[t]).convert("L").point(lambda light: 0.75 * light).convert("RGB")
+            cells.append(dark.resize((SIDE, SIDE)))
+            mask = to_pil_image((200 * heat[t]).byte().cpu()).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            cells[-1].paste((255, 60, 0), mask=mask)
+        rows.append(join(cells, 0, 4))
+    return join(rows, 1, 4)
 
 
 def draw_examples(look, folder, count=5):
     """A few clips, evenly spread, on one sheet: folder/detections.png or folder/ranking.png. -> its path"""
     chosen = np.linspace(0, len(look["hard"]) - 1, min(count, len(look["hard"]))).astype(int)
-    rows = [row for c in chosen for row in look["rows"](int(c), "") if row]
-    return save_picture(join(rows or [grey()], 1, 14), Path(folder) / f"{look['name']}.png")
+    rows = [row for c in chosen.tolist() if (row := look["row"](c, ""))]
+    return save_picture(join(rows or [GREY], 1, 14), Path(folder) / f"{look['name']}.png")
 
 
 def draw_misses_and_hits(look, folder, count):
     """The `count` hardest misses and `count` hits, evenly spread, and attention for the first hits. -> paths"""
-    folder = data.output_folder(folder)
-    order, hits = np.argsort(-look["hard"], kind="stable"), np.flatnonzero(look["hard"] == 0)
-    chosen = {"misses": [int(c) for c in order[:count] if look["hard"][c] > 0],
-              "hits": [int(hits[n]) for n in data.even_frames(len(hits), count)]}
-    paths = []
-    for name, clips in chosen.items():
-        rows = (row for c in watch(clips, f"draw {name}") for row in look["rows"](c, "") if row)
-        paths += pages(rows, folder, f"{look['name']}-{name}")
+    data.output_folder(folder)
+    misses = [c for c in np.argsort(-look["hard"], kind="stable")[:count].tolist() if look["hard"][c] > 0]
+    hits = np.flatnonzero(look["hard"] == 0)
+    hits, paths = hits[data.even_frames(len(hits), count)].tolist(), []
+    for name, clips in (("misses", misses), ("hits", hits)):
+        paths += pages((look["row"](c, "") for c in watch(clips, f"draw {name}")), folder, f"{look['name']}-{name}")
     if "attention" in look:
-        sheets = map(look["attention"], watch(chosen["hits"][:count // 4 + 1], "draw attention"))
-        paths += pages(filter(None, sheets), folder, "attention", 1)
+        paths += pages(map(look["attention"], watch(hits[:count // 4 + 1], "draw attention")), folder, "attention", 1)
     return paths
 
 
 def draw_comparison(looks, names, folder, count):
-    """Two models' rows under each other, for the clips in which they differ most, in turn to the gain of each. -> paths"""
+    """Two models' rows under each other, for the clips in which they differ most, to each one's gain in turn."""
     data.output_folder(folder)
     gain = looks[1]["hard"].clip(max=1000) - looks[0]["hard"].clip(max=1000)
-    best, worst = np.argsort(-gain, kind="stable"), np.argsort(gain, kind="stable")
-    chosen = [int(c) for pair in zip(best, worst) for c in pair][:count]
-    rows = [join(pair, 1) for c in watch(chosen, "draw both")
-            if (pair := [row for look, name in zip(looks, names) for row in look["rows"](c, name) if row])]
-    return pages(rows, folder, f"{looks[0]['name']}-compared", 3)
+    chosen = np.stack([np.argsort(-gain, kind="stable"), np.argsort(gain, kind="stable")], 1).flatten()[:count].tolist()
+    pairs = ([look["row"](c, name) for look, name in zip(looks, names)] for c in watch(chosen, "draw both"))
+    return pages((join(pair, 1) for pair in pairs if all(pair)), folder, f"{looks[0]['name']}-compared", 3)
+
+
+def draw_curves(log, path, result=None):
+    """A run's JSON log as a picture: each term of the loss, and AP50 or R1 of the val lives, over steps. `result` is
+    what `evaluate` gave at the end, a dot; the paper's figure, a grey line. -> path, or None where there is no log."""
+    lines = []
+    for text in Path(log).read_text().splitlines() if Path(log).exists() else []:
+        with contextlib.suppress(ValueError):                        # a line that a dying process tore
+            lines.append(json.loads(text))
+    if not lines:
+        return None
+    final = headline(result) if result else {}
+    paper = {"AP50": PAPER_1["SD" if Path(log).stem == "sd" else "MD"][1], "R1": PAPER_2["boxes", "md"][0]}
+    names = dict.fromkeys(name for line in [*lines, final] for name, value in line.items()
+                          if name not in ("step", "lr", "norm", "scale") and isinstance(value, (int, float)))
+    cells = [_panel(name, [(line["step"], line[name]) for line in lines if name in line], lines[-1]["step"],
+                    paper.get(name), final.get(name)) for name in names]
+    return save_picture(join([join(cells[n:n + 4], 0, 18) for n in range(0, len(cells), 4)], 1, 18), path)
+
+
+def _panel(name, points, last, paper, final):
+    """One curve: points [(step, value)], the paper's value and the final one where there are such."""
+    panel, (left, top, right, bottom) = Image.new("RGB", (300, 210), "white"), (46, 26, 288, 184)
+    draw, values, label = ImageDraw.Draw(panel), [value for _, value in points], name
+    low, high = (min(values), max(values)) if paper is None else (0, 100)
+
+    def place(step, value):
+        height = (value - low) / ((high - low) or 1)
+        return left + (right - left) * step / max(1, last), bottom - (bottom - top) * height
+
+    draw.rectangle([left, top, right, bottom], outline=(200, 200, 200))
+    dots = [(*place(*point), 3, COLOURS["md"]) for point in points if paper is not None]
+    if points:
+        draw.line([place(*point) for point in points], COLOURS["md"], 2)
+        label += f" {'' if paper is None else 'val '}{values[-1]:.3g}"
+    if paper is not None:
+        draw.line([place(0, paper), place(last, paper)], (150, 150, 150))
+        draw.text((left + 6, place(0, paper)[1] - 16), f"paper (LPR4M) {paper}", (120, 120, 120), font())
+    if final is not None:
+        dots.append((*place(last, final), 5, COLOURS["sd"]))
+        label += f"  test {final:.1f}"
+    for x, y, size, colour in dots:
+        draw.ellipse([x - size, y - size, x + size, y + size], colour)
+    for x, y, anchor, text in (
+            (left, 5, "la", label), (left - 4, top, "ra", f"{high:.3g}"), (left - 4, bottom, "rd", f"{low:.3g}"),
+            (left, bottom + 5, "la", "0"), (right, bottom + 5, "ra", f"step {last}")):
+        draw.text((x, y), text, INK, font(), anchor)
+    return panel
 
 
 # ------------------------------------------------------------------ recognising a live
 
 
 class Recording:
-    """A window of a recording as a split of one clip: detectors and RICE see it as they see any other.
-
-    pictures: uint8 [3,H,W] each, None where a frame cannot be read; asr: what was said meanwhile.
-    """
+    """A window of a recording as a split of one clip: detectors and RICE see it as they see any other. pictures: uint8
+    [3,H,W] each, None where a frame cannot be read; asr: what was said meanwhile."""
     split = "test"
 
     def __init__(self, root, pictures, asr):
@@ -1264,23 +1242,18 @@ class Recording:
 
 
 def frames_of(source, every, fps, start):
-    """One frame every `every` seconds of a recording, from second `start` on: yields uint8 [3,H,W], or None where it is broken.
-
-    source: a folder of pictures in order of name (numbers in order of value), `fps` of them a second, or a video, of which the
-    program ffmpeg sends only these frames through a pipe: memory holds one, the disk none.
-    """
+    """One frame every `every` seconds of a recording, from second `start` on: uint8 [3,H,W], None where it is broken.
+    source: a folder of pictures, `fps` of them a second, or a video, from which ffmpeg pipes these frames alone."""
     if Path(source).is_dir():
         names = data.picture_files(source)
-        for n in itertools.count():
-            at = round((start + n * every) * fps)
-            if at >= len(names):
-                return
+        for at in np.arange(start * fps, len(names) - 0.5, every * fps).round().astype(int):
             try:
                 yield data.read_picture(names[at])
             except BadInput:
                 yield None
-    command = ["ffmpeg", "-v", "error", "-nostdin", "-ss", str(start), "-i", f"file:{source}", "-vf", f"fps=1/{every}:round=up",
-               "-f", "image2pipe", "-c:v", "ppm", "-"]
+        return
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-ss", str(start), "-i", f"file:{source}",
+               "-vf", f"fps=1/{every}:round=up", "-f", "image2pipe", "-c:v", "ppm", "-"]
     with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as ffmpeg:
         try:
             while ffmpeg.stdout.readline() == b"P6\n":
@@ -1306,375 +1279,288 @@ def seconds_of(source, fps):
         raise BadInput(f"--live {source}: no such file or folder; expected a video or a folder of frames (.jpg, .png)")
     if not shutil.which("ffmpeg"):
         raise BadInput(f"--live {source}: a video needs the program ffmpeg on the PATH (a folder of frames does not)")
-    said = subprocess.run(["ffmpeg", "-nostdin", "-i", f"file:{source}"], capture_output=True).stderr.decode("utf-8", "replace")
-    found = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said)
+    said = subprocess.run(["ffmpeg", "-nostdin", "-i", f"file:{source}"], capture_output=True).stderr
+    found = re.search(rb"Duration: (\d+):(\d+):([\d.]+)", said)
     if not found:
         raise BadInput(f"--live {source}: ffmpeg finds no video in it")
     hours, minutes, seconds = map(float, found.groups())
     return 3600 * hours + 60 * minutes + seconds
 
 
-def read_tabbed(path, first):
-    """Rows of a file `first<TAB>text`; BadInput with file and row."""
+def read_tabbed(path, first, kind=str):
+    """[(key, text)] of a file of rows `first<TAB>text`, keys as `kind`; BadInput with file and row. No path: none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
     except UnicodeDecodeError:
         raise BadInput(f"{path}: expected UTF-8 text") from None
     rows = []
     for n, line in enumerate(lines, 1):
-        if line.strip():
-            key, tab, text = line.partition("\t")
-            if not tab:
-                raise BadInput(f"{path}:{n}: expected {first}<TAB>text")
-            rows.append((n, key.strip(), text.strip()))
+        key, tab, text = line.partition("\t")
+        if line.strip() and not tab:
+            raise BadInput(f"{path}:{n}: expected {first}<TAB>text")
+        try:
+            rows += [(kind(key.strip()), text.strip())] if line.strip() else []
+        except ValueError:
+            raise BadInput(f"{path}:{n}: {key[:40]!r} is no number of {first}") from None
     return rows
 
 
-def read_asr(path):
-    """[(second, text)] in order of time."""
-    rows = []
-    for n, key, text in read_tabbed(path, "seconds"):
-        try:
-            second = float(key)
-        except ValueError:
-            second = math.nan
-        if not math.isfinite(second):
-            raise BadInput(f"{path}:{n}: {key[:40]!r} is no number of seconds")
-        rows.append((second, text))
-    return sorted(rows)
-
-
-@dataclass
-class Shop:
-    """The pictures of a folder that can be read, by name, with their titles and embeddings [M,D]."""
-    folder: Path
-    names: list
-    titles: dict
-    feature: torch.Tensor = None
-
-    def read(self, name):
-        return data.read_picture(self.folder / name)
-
-    def images(self, tokenizer, config):
-        return data.ImageSet(self.read, self.titles, tokenizer, config["size"], self.names, config["text"])
-
-
-@torch.no_grad()
-def open_shop(folder, titles, model, tokenizer, config, key, device):
-    """The Shop of a folder. Its embeddings are kept beside it under the model's fingerprint `key`; only what is new or
-    changed since is embedded again. titles: {name, with or without ending: text}."""
-    files = data.picture_files(folder)
-    shop = Shop(Path(folder), [path.relative_to(folder).as_posix() for path in files], {})
-    shop.titles = {name: titles.get(name, titles.get(name.rpartition(".")[0], "")) for name in shop.names}
-    stamps = [(path.stat().st_size, path.stat().st_mtime_ns, zlib.crc32(shop.titles[name].encode()))
-              for path, name in zip(files, shop.names)]
-    kept, known = shop.folder.resolve().parent / f".{shop.folder.resolve().name}-{key[:12]}.npz", {}
-    try:
-        with np.load(kept) as saved:
-            for name, stamp, feature, seen in zip(saved["names"], saved["stamps"], saved["feature"], saved["seen"]):
-                if feature.shape == (2 * config["embedding"],) and feature.dtype == np.float32:
-                    known[str(name)] = tuple(stamp.tolist()), feature, bool(seen)
-    except Exception:                                # none, or a torn one, which raises whatever its bytes lead to:
-        pass                                         # it is made again
-    new = [n for n, name in enumerate(shop.names) if name not in known or known[name][0] != stamps[n]]
+def open_shop(folder, titles, embedder, key):
+    """The pictures of a folder that can be read, as an ImageSet, and their embeddings [M,D], which are kept beside the
+    folder under the model's fingerprint `key`: only what is new or changed since is embedded again. titles: {name, with
+    or without ending: text}."""
+    root, files = Path(folder).resolve(), data.picture_files(folder)
+    names = [path.relative_to(folder).as_posix() for path in files]
+    titles = {name: titles.get(name, titles.get(name.rpartition(".")[0], "")) for name in names}
+    stamps = [(path.stat().st_size, path.stat().st_mtime_ns, zlib.crc32(titles[name].encode()))
+              for path, name in zip(files, names)]
+    kept, known = root.parent / f".{root.name}-{key[:12]}.npz", {}
+    with contextlib.suppress(Exception), np.load(kept) as saved:     # none, or a torn one, which raises anything
+        if saved["feature"].shape[1:] == (2 * embedder.config["embedding"],) and saved["feature"].dtype == np.float32:
+            columns = (saved[column] for column in ("names", "stamps", "feature", "seen"))
+            known = {(str(name), *stamp.tolist()): row for name, stamp, *row in zip(*columns)}
+    marks = [(name, *stamp) for name, stamp in zip(names, stamps)]
+    shop = embedder.shop(lambda name: data.read_picture(Path(folder) / name), titles, names)
+    new = [n for n, mark in enumerate(marks) if mark not in known]
     if new:
-        encode = image_encoder(model)
-        feature, seen = embed(lambda batch: encode(batch)[::2], shop.images(tokenizer, config), new, config, device, "embed the shop")
-        known |= {shop.names[n]: (stamps[n], *row) for n, *row in zip(new, feature.cpu().numpy(), seen.tolist())}
-    feature, seen = (np.array([known[name][place] for name in shop.names]) for place in (1, 2))
+        feature, seen = embedder.embed(shop, new, False, "embed the shop")                       # [new,D], [new]
+        known |= {marks[n]: row for n, *row in zip(new, feature.cpu().numpy(), seen.tolist())}
+    feature, seen = (np.array(column) for column in zip(*(known[mark] for mark in marks)))       # [M,D], [M]
     if new:
-        try:
-            with data.whole(kept) as part, open(part, "wb") as file:
-                np.savez(file, names=shop.names, stamps=np.array(stamps), feature=feature, seen=seen)
-        except OSError as error:
-            print(f"{kept}: cannot be written ({error.strerror}); the shop will be embedded anew next time")
+        # A folder that is not ours to write to is embedded anew each time.
+        with contextlib.suppress(OSError), data.whole(kept) as part, open(part, "wb") as file:
+            np.savez(file, names=names, stamps=np.array(stamps), feature=feature, seen=seen)
     if not seen.any():
         raise BadInput(f"{folder}: none of its {len(files)} pictures can be read")
-    shop.names, shop.feature = np.array(shop.names)[seen].tolist(), torch.from_numpy(feature[seen]).to(device)
-    return shop
+    shop.ids = np.array(names)[seen].tolist()
+    return shop, torch.from_numpy(feature[seen]).to(embedder.device)
 
 
 def finder_of(path, checkpoint, detector, device):
-    """The detector that a RICE sees a live through: model, configuration, categories; None when it sees whole frames."""
+    """The detector that a RICE sees a live through: model, configuration, categories; None: it sees whole frames."""
     if checkpoint["config"]["view"] == "frame":
         return None
     found = read_checkpoint(detector) if detector else checkpoint.get("detector")
     if not found:
-        raise BadInput(f"{path} was trained on true boxes and holds no detector: name one with --detector runs/tiny/md.pt")
+        raise BadInput(f"{path} was trained on true boxes and holds no detector: name one with --detector "
+                       "runs/tiny/md.pt")
     if found["config"]["stage"] == "rice":
         raise BadInput(f"--detector {detector}: expected a checkpoint of --stage sd or md")
     return restore(found, device)[0], found["config"] | {"workers": 0}, found["categories"]
 
 
 @torch.no_grad()
-def answer_clip(recording, model, tokenizer, config, finder, shop, top, rerank_top, device):
-    """One window of a recording -> boxes [T] (x1 y1 x2 y2 score in pixels, or None) and its first images [(name, score)]."""
-    boxes, drawn = None, [None] * len(recording.pictures)
-    if finder:
-        found = predict(*finder, recording, device)
-        stage = finder[1]["stage"]
-        boxes = seen_through(found, stage, 1)
-        for t, row in zip(found["position"], found[stage]):
-            drawn[int(t)] = [round(float(v), 2) for v in row[:4]] + [round(float(row[4]), 4)] if row[4] >= 0 else None
-    clips = data.PairSet(recording, tokenizer, config["frames"], config["size"], model.visual.grid, config["view"], boxes, False,
-                         text=config["text"])
-    clip, tokens, padding, seen = embed(clip_encoder(model), clips, [0], config, device)         # [1,D], [1,R,W], [1,R], [1]
+def answer_clip(recording, embedder, finder, shop, feature, most, rerank):
+    """One window of a recording -> its boxes as PairSet wants them, and its first `most` images [(name, score)]; of
+    these the PMD scores the first `rerank`."""
+    boxes = finder and seen_through(predict(*finder, recording, embedder.device), finder[1]["stage"], 1)
+    clips = embedder.clips(recording, boxes)
+    clip, tokens, padding, seen = embedder.embed(clips, [0])                                # [1,D], [1,R,W], [1,R], [1]
     if not seen.any():
-        return drawn, []
-    scores, (first,) = nearest(model.scale() * clip, shop.feature, rerank_top or max(top, 2))    # [1,N], [N]
-    if rerank_top:
-        _, image_tokens, _ = embed(image_encoder(model), shop.images(tokenizer, config), first.tolist(), config, device)
-        scores = scores + rerank(model, scores, image_tokens, tokens, padding, len(first))       # [1,N]
-    order = scores[0].argsort(descending=True, stable=True)[:max(top, 2)]
-    return drawn, [(shop.names[int(first[n])], round(float(scores[0, n]), 4)) for n in order]
+        return boxes, []
+    scores, (first,) = nearest(embedder.model.scale() * clip, feature, rerank or most)           # [1,n], [n]
+    if rerank:
+        image_tokens = embedder.embed(shop, first.tolist())[1]                                   # [n,1+P+1,W]
+        scores = scores + embedder.rerank(scores, image_tokens, tokens, padding, len(first))     # [1,n]
+    order = scores[0].argsort(descending=True, stable=True)[:most]
+    return boxes, [(shop.ids[int(first[n])], round(float(scores[0, n]), 4)) for n in order]
 
 
 def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
-def recognise(path, source, shop, out, every=10.0, window=10, top=5, rerank_top=0, fps=1.0, asr=None, titles=None, detector=None):
-    """Which product of a shop is on sale when: a recording cut into clips of `window` frames, one every `every` seconds
-    (supplement, section 5 (4)), each ranked against the shop's pictures.
+def recognise(path, options):
+    """Which product of a shop is on sale when (supplement, section 5 (4)): a recording cut into clips of `window`
+    frames, one every `every` seconds, each ranked against the shop's pictures. options: the flags of `main`.
 
-    Writes OUT/answers.jsonl, a line a clip as soon as it is known: {"start", "end" seconds, "boxes" a frame, "asr", "top":
-    [[image, score]], "margin" between the first two}, a strip of each clip in OUT/clips/, and the sheets OUT/answers-*.png.
-    A run that was stopped goes on after its last line. Memory holds one clip. -> the answers
+    Writes OUT/answers.jsonl, a line a clip as soon as it is known: {"start", "end" seconds, "boxes" a frame (x1 y1 x2
+    y2 score in pixels, or null), "asr", "top": [[image, score]], "margin" between the first two}, a strip of each clip
+    in OUT/clips/, and OUT/answers-*.png. A run that was stopped goes on after its last line. Memory holds one clip.
     """
-    device, checkpoint = pick_device(), read_checkpoint(path)
-    config, key = checkpoint["config"] | {"workers": 0}, fingerprint(checkpoint)
+    checkpoint, device, source = read_checkpoint(path), pick_device(), options.live
+    config, key, rerank = checkpoint["config"], fingerprint(checkpoint), options.rerank or 0
     if config["stage"] != "rice":
-        raise BadInput(f"--ckpt {path}: a live is recognised by a checkpoint of --stage rice, this one is {config['stage']}")
-    for name, value in (("every", every), ("fps", fps), ("window", window), ("top", top), ("rerank", rerank_top + 1)):
-        if not 0 < value < math.inf:
+        raise BadInput(f"--ckpt {path}: a live is recognised by a checkpoint of --stage rice, not {config['stage']}")
+    for name in ("every", "fps", "window", "top"):
+        if not 0 < getattr(options, name) < math.inf:
             raise BadInput(f"--{name}: expected a number above 0")
-    if rerank_top and "pmd" not in config["losses"].split(","):
+    if rerank < 0:
+        raise BadInput("--rerank: expected 0 or more")
+    if rerank and "pmd" not in config["losses"].split(","):
         raise BadInput(f"--rerank: {path} has no PMD (--losses {config['losses']})")
-    length, said = seconds_of(source, fps), read_asr(asr) if asr else []
-    model, tokenizer = restore(checkpoint, device)
-    finder = finder_of(path, checkpoint, detector, device)
-    known = {name: text for _, name, text in read_tabbed(titles, "image")} if titles else {}
-    shop = open_shop(shop, known, model, tokenizer, config, key, device)
-    out = data.output_folder(out)
-    data.output_folder(out / "clips")
-    settings = {"live": str(Path(source).resolve()), "shop": str(shop.folder.resolve()), "checkpoint": key, "every": every,
-                "window": window, "top": top, "rerank": rerank_top, "fps": fps, "asr": asr, "titles": titles, "detector": detector}
-    answers = answers_before(out, settings)
+    config["workers"], length, said = 0, seconds_of(source, options.fps), read_tabbed(options.asr, "seconds", float)
+    embedder, finder = Embedder(checkpoint, device), finder_of(path, checkpoint, options.detector, device)
+    shop, feature = open_shop(options.shop, dict(read_tabbed(options.titles, "image")), embedder, key)
+    out = data.output_folder(options.out or "runs/live")
+    settings = {name: getattr(options, name) for name in ("every", "window", "top", "fps", "asr", "titles", "detector")}
+    settings |= {"live": str(Path(source).resolve()), "shop": str(Path(options.shop).resolve()), "checkpoint": key}
+    answers = answers_before(out, settings | {"rerank": rerank})
     start = answers[-1]["end"] if answers else 0.0
-    stream = frames_of(source, every, fps, start)
     with open(out / "answers.jsonl", "a", encoding="utf-8") as file, \
             tqdm(total=round(length), initial=round(start), unit="s", desc=f"recognise {Path(source).name}") as bar:
-        while pictures := list(itertools.islice(stream, window)):
-            end = start + len(pictures) * every
-            words = " ".join(text for second, text in said if start <= second < end)
-            boxes, best = answer_clip(Recording(source, pictures, words), model, tokenizer, config, finder, shop, top, rerank_top, device)
+        for recording, start, end in windows_of(options, said, start):
+            boxes, best = answer_clip(recording, embedder, finder, shop, feature, max(options.top, 2), rerank)
             margin = round(best[0][1] - best[1][1], 4) if len(best) > 1 else None
-            answers.append({"start": start, "end": end, "boxes": boxes, "asr": words, "top": best[:top], "margin": margin})
-            live_strip(pictures, boxes).save(out / "clips" / f"{len(answers) - 1:06d}.jpg", quality=90)
+            answers.append({"start": start, "end": end, "boxes": boxes_by_frame(boxes, len(recording.pictures)),
+                            "asr": recording.asr, "top": best[:options.top], "margin": margin})
+            clip_strip(recording, 0, boxes).save(strip_of(out, answers[-1]), quality=90)
             file.write(json.dumps(answers[-1], ensure_ascii=False) + "\n")
             file.flush()
             bar.set_postfix_str(f"{clock(start)} {best[0][0] if best else 'nothing readable'}", refresh=False)
             bar.update(min(round(end), bar.total) - bar.n)
-            start = end
     if not answers:
         raise BadInput(f"--live {source}: no frame in it")
-    segments = segments_of(answers)
-    print(f"\n{len(answers)} clips of {window} frames, {len(shop.names)} shop images; clips in a row with the same answer are one line\n")
-    print(table(("product", "from", "to", "clips", "score", "margin", "title"), [
-        (s["image"], clock(s["start"]), clock(s["end"]), str(len(s["clips"])), s["score"], s["margin"],
-         shop.titles.get(s["image"], "")[:40]) for s in segments]))
-    print(f"\nanswers: {out / 'answers.jsonl'}\npictures: {', '.join(map(str, draw_answers(answers, segments, out, shop)))}")
-    return answers
+    print(f"\n{len(answers)} clips of {options.window} frames, {len(shop.ids)} shop images; clips in a row with the "
+          "same answer are one line\n")
+    show_answers(answers, out, shop)
+
+
+def windows_of(options, said, start):
+    """Clip after clip of a recording from second `start` on: yields a Recording, its start and its end."""
+    stream = frames_of(options.live, options.every, options.fps, start)
+    while pictures := list(itertools.islice(stream, options.window)):
+        end = start + len(pictures) * options.every
+        words = " ".join(text for second, text in sorted(said) if start <= second < end)
+        yield Recording(options.live, pictures, words), start, end
+        start = end
+
+
+def boxes_by_frame(boxes, frames):
+    """What PairSet wants -> for each frame x1 y1 x2 y2 score, or None where it has no box."""
+    drawn = [None] * frames
+    for t, (*xyxy, score, _) in zip(boxes["position"], boxes["box"].tolist()) if boxes else ():
+        drawn[t] = [*(round(v, 2) for v in xyxy), round(score, 4)] if score >= 0 else None
+    return drawn
+
+
+def strip_of(out, answer):
+    return out / "clips" / f"{answer['start']:.3f}.jpg"
 
 
 def answers_before(out, settings):
-    """The whole lines that a stopped run left in `out`; BadInput when it asked for something else."""
-    about, log = out / "settings.json", out / "answers.jsonl"
-    answers = []
+    """The whole lines that a stopped run left in `out`, made ready; BadInput when it asked for something else."""
+    data.output_folder(out / "clips")
+    about, log, answers, other = out / "settings.json", out / "answers.jsonl", [], []
     if about.exists() and log.exists():
         try:
             before = json.loads(about.read_text(encoding="utf-8"))
-            answers = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+            other = [f"{name}: {before.get(name)} there, {value} here" for name, value in settings.items()
+                     if before.get(name) != value]
+            lines = log.read_text(encoding="utf-8").splitlines(True)
+            answers = [json.loads(line) for line in lines if line.endswith("\n")]
             if not all(isinstance(answer["end"], float) for answer in answers):
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise BadInput(f"{log}: not what an earlier run wrote; remove it, or give another --out") from None
-        other = [f"{name}: {before.get(name)} there, {value} here" for name, value in settings.items() if before.get(name) != value]
-        if other:
-            raise BadInput(f"{log} answers another question ({'; '.join(other)}); give another --out, or remove it")
+    if other:
+        raise BadInput(f"{log} answers another question ({'; '.join(other)}); give another --out, or remove it")
     write_json(about, settings)
     with data.whole(log) as part:
-        Path(part).write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8")
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        Path(part).write_text("".join(lines), encoding="utf-8")
     return answers
 
 
-def segments_of(answers):
-    """Consecutive clips with the same first image, as one: image, start, end, their numbers, mean score and margin."""
-    segments = []
-    for n, answer in enumerate(answers):
-        image = answer["top"][0][0] if answer["top"] else "(nothing readable)"
-        if not segments or segments[-1]["image"] != image:
-            segments.append({"image": image, "start": answer["start"], "clips": []})
-        segments[-1]["clips"].append(n)
-        segments[-1]["end"] = answer["end"]
-    for segment in segments:
-        mine = [answers[n] for n in segment["clips"]]
-        for name, values in (("score", [a["top"][0][1] for a in mine if a["top"]]), ("margin", [a["margin"] for a in mine])):
-            values = [value for value in values if value is not None]
-            segment[name] = sum(values) / len(values) if values else None
-    return segments
+def show_answers(answers, out, shop):
+    """Clips in a row with the same first image are one line of the table; the surest of them is a row of the sheets."""
+    lines, rows = [], []
+    groups = itertools.groupby(answers, lambda clip: clip["top"][0][0] if clip["top"] else "(nothing readable)")
+    for name, clips in ((name, list(clips)) for name, clips in groups):
+        start, end = clock(clips[0]["start"]), clock(clips[-1]["end"])
+        scores = [clip["top"][0][1] for clip in clips if clip["top"]]
+        margins = [clip["margin"] for clip in clips if clip["margin"] is not None]
+        means = (sum(values) / len(values) if values else None for values in (scores, margins))
+        lines.append((name, start, end, str(len(clips)), *means, shop.titles.get(name, "")[:40]))
+        rows.append((max(clips, key=lambda clip: clip["margin"] or 0), f"{start} - {end}"))
+    print(table(("product", "from", "to", "clips", "score", "margin", "title"), lines))
 
+    def drawn(clip, when):
+        images = [(picture_of(shop.read, name), f"{score:.1f} {shop.titles.get(name) or name}", BORDERS[None])
+                  for name, score in clip["top"]]
+        with Image.open(strip_of(out, clip)) as strip:
+            return ranking_row(strip.convert("RGB"), clip["asr"], images, when)
 
-def live_strip(pictures, boxes, frames=3):
-    """A few frames of a window with their boxes."""
-    strip = []
-    for t in data.even_frames(len(pictures), frames):
-        drawn = [(boxes[t][:4], COLOURS["md"], False)] if boxes[t] else []
-        strip.append(thumbnail(to_image(pictures[t]) if pictures[t] is not None else grey(), (SIDE, SIDE), drawn))
-    return join(strip, 0, 4)
-
-
-def draw_answers(answers, segments, out, shop):
-    """A ranking sheet with a row for each segment, of its surest clip; the borders are grey, for nobody knows the truth."""
-    def row(segment):
-        n = max(segment["clips"], key=lambda n: answers[n]["margin"] or 0)
-        with Image.open(out / "clips" / f"{n:06d}.jpg") as strip:
-            strip = strip.convert("RGB")
-        shown = [(open_picture(shop.read, name), f"{score:.1f} {shop.titles.get(name) or name}", BORDERS[None])
-                 for name, score in answers[n]["top"]]
-        said = f'"{answers[n]["asr"]}"' if answers[n]["asr"] else ""
-        return ranking_row(strip, said, shown, f"{clock(segment['start'])} - {clock(segment['end'])}")
-    return pages(map(row, watch(segments, "draw answers")), out, "answers")
+    paths = pages(itertools.starmap(drawn, watch(rows, "draw answers")), out, "answers")
+    print(f"\nanswers: {out / 'answers.jsonl'}\npictures: {', '.join(map(str, paths))}")
 
 
 # ------------------------------------------------------------------ the command
 
 
-def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None, every_source=True):
-    """Evaluate one checkpoint.
+def flags():
+    """The flags of the command."""
+    parser = data.Parser(description="Evaluate a checkpoint of train.py: Table 1 for a detector, Table 2 for RICE.")
+    add = parser.add_argument
+    add("--ckpt", required=True, nargs="+", metavar="FILE", help="checkpoint, e.g. runs/tiny/md.pt; it knows its stage "
+        "and configuration. Several (or a pattern): one row per configuration, mean and deviation over seeds")
+    add("--data", help="data folder in the LPR4M layout (default: the one it was trained on)")
+    add("--split", default="test", choices=["test", "val"], help="which lives (default: test)")
+    add("--out", help="folder for pictures and cached boxes (default: the checkpoint's; with --live: runs/live)")
+    add("--markdown", action="store_true", help="print the tables as Markdown")
+    add("--json", help="write every number to this file too")
+    add("--rerank", type=int, help="how many first images the PMD scores (default: as configured; with --live: 0)")
+    add("--workers", type=int, help="processes that load pictures (default: as in training)")
+    add = parser.add_argument_group("pictures of a test set").add_argument
+    add("--pictures", metavar="DIR", help="draw the hardest misses, hits, and for RICE what it attends to")
+    add("--n", type=int, default=20, help="how many clips of each (default: 20)")
+    add("--compare", metavar="FILE", help="with --pictures: a second checkpoint, drawn under the first")
+    add = parser.add_argument_group("recognise a live (a checkpoint of --stage rice)").add_argument
+    add("--live", metavar="PATH", help="a folder of frames, or a video (needs the program ffmpeg)")
+    add("--shop", metavar="DIR", help="the folder of shop images it is ranked against")
+    add("--every", type=float, default=10, help="seconds between the frames that are looked at (default: 10)")
+    add("--window", type=int, default=10, help="frames of a clip (default: 10)")
+    add("--top", type=int, default=5, help="images an answer names (default: 5)")
+    add("--fps", type=float, default=1, help="frames a second of a folder of frames (default: 1)")
+    add("--asr", metavar="FILE", help="what was said, rows of seconds<TAB>text")
+    add("--titles", metavar="FILE", help="titles of the shop images, rows of image<TAB>title")
+    add("--detector", metavar="FILE", help="another detector than the one RICE was trained with")
+    return parser
 
-    -> every number as a dict of plain values, what `draw_examples` draws from when the numbers are safe, and what `compare`
-    draws anew: {"live" [Q], "methods": {name: per clip or frame}}.
-    """
-    start_processes()
-    device, checkpoint = pick_device(), read_checkpoint(path)
-    config = checkpoint["config"]
-    for settings in (config, checkpoint.get("detector", {}).get("config", {})):
-        settings["workers"] = config["workers"] if workers is None else workers
-    config["rerank"] = config["rerank"] if top is None else top
-    if config["workers"] < 0 or config["rerank"] < 1:
-        raise BadInput("--workers is 0 or more, --rerank 1 or more")
-    out = Path(out or Path(path).parent)
-    data.output_folder(out)
-    # With --overfit a model is judged by the very clips that it was trained on.
-    overfit = config.get("overfit", 0)
-    lives = data.Lives(data_dir or config["data"], "train" if overfit else split)
-    lives = lives.few(overfit) if overfit else lives
-    if config["stage"] == "rice":
-        boxes = Path(config.get("detectors", out))                   # models that share a detector find its boxes there
-        boxes = boxes if boxes.is_dir() else out
-        results, counts, shown, places = score_ranking(checkpoint, lives, boxes, device, every_source=every_source)
-        look = ranking_look(shown, lives, places, device)
-        methods = {name: {"place": place} for name, place in places.items()}
+
+def tables_and_pictures(paths, options):
+    """Evaluate checkpoints, print their table, and draw what the flags ask for."""
+    if options.n < 1 or options.compare and (not options.pictures or len(paths) > 1):
+        raise BadInput("--n is 1 or more; --compare needs --pictures and one --ckpt")
+    settings = options.data, options.split, options.out, options.workers, options.rerank
+    shown = paths + [options.compare] * bool(options.compare)
+    runs = [evaluate(path, *settings, every_source=len(paths) == 1) for path in watch(shown, "checkpoints")]
+    if not is_first():
+        return
+    result, look, _ = runs[0]
+    if len(paths) > 1:
+        result, drawn = compare(runs, options.markdown) | {"runs": [run[0] for run in runs]}, []
     else:
-        rows = predicted_boxes(checkpoint, lives, out, device)
-        results, counts, methods = score_detections(rows, lives, checkpoint["categories"])
-        look = detection_look(rows, lives, list(checkpoint["categories"].values()), methods)
-    result = {"stage": config["stage"], "data": str(lives.root), "split": lives.split, "counts": counts, "results": results,
-              "step": checkpoint["step"], "seed": config["seed"], "config": config, "fingerprint": fingerprint(checkpoint)}
-    return result, look, {"live": [data.live_of(v) for v in lives.video_ids], "methods": methods}
-
-
-@torch.no_grad()
-def validate(model, checkpoint, folder, device):
-    """The one number by which training is watched, on the val lives: {"AP50": class-agnostic} or {"R1": by ICL}, percent."""
-    config, lives = checkpoint["config"], data.Lives(checkpoint["config"]["data"], "val")
-    model.eval()
-    if config["stage"] == "rice":
-        results, counts, *_ = score_ranking(checkpoint, lives, folder, device, model, every_source=False)
-        value = {"R1": results[counts["source"]]["icl"]["R1"]}
-    else:
-        rows = predict(model, config, checkpoint["categories"], lives, device, every_frame=False)
-        value = {"AP50": score_detections(rows, lives, checkpoint["categories"])[0][config["stage"]]["class-agnostic"]["AP50"]}
-    model.train()
-    return value
-
-
-def show(result, markdown=False):
-    """Print the table of what `evaluate` returned."""
-    if result["stage"] == "rice":
-        show_table_2(result["results"], result["counts"], result["config"], markdown)
-    else:
-        show_table_1(result["results"], result["counts"], markdown)
-
-
-def write_json(path, value):
-    """Written whole or not at all."""
-    with data.whole(path) as part, open(part, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
+        show(result, options.markdown)
+    if options.json:
+        write_json(options.json, result)
+    if options.compare:
+        if len({(r["stage"], r["data"], r["split"]) for r, *_ in runs}) > 1:
+            raise BadInput(f"--compare {options.compare}: expected the same stage on the same data as {paths[0]}")
+        drawn = draw_comparison([look, runs[1][1]], shown, options.pictures, options.n)
+    elif options.pictures:
+        drawn = draw_misses_and_hits(look, options.pictures, options.n)
+        curves = Path(options.pictures) / "curves.png"
+        drawn.append(draw_curves(Path(paths[0]).with_suffix(".jsonl"), curves, runs[0][0]))
+    elif len(paths) == 1:
+        drawn = [draw_examples(look, options.out or Path(paths[0]).parent)]
+    print(*(f"\npicture: {path}" for path in drawn if path), sep="")
 
 
 def main(argv=None):
-    parser = data.Parser(description="Evaluate a checkpoint of train.py: Table 1 for a detector, Table 2 for RICE.")
-    parser.add_argument("--ckpt", required=True, nargs="+", metavar="FILE", help="checkpoint, e.g. runs/tiny/md.pt; it knows its stage "
-                        "and configuration. Several (or a pattern): one row per configuration, mean and deviation over seeds")
-    parser.add_argument("--data", help="data folder in the LPR4M layout (default: the one it was trained on)")
-    parser.add_argument("--split", default="test", choices=["test", "val"], help="which lives (default: test)")
-    parser.add_argument("--out", help="folder for the picture and the cached boxes (default: the checkpoint's)")
-    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
-    parser.add_argument("--json", help="write every number to this file too")
-    parser.add_argument("--rerank", type=int, help="how many first images the PMD scores (default: as configured, 20; with --live: 0)")
-    parser.add_argument("--workers", type=int, help="processes that load pictures (default: as in training)")
-    looks = parser.add_argument_group("pictures of a test set")
-    looks.add_argument("--pictures", metavar="DIR", help="draw the hardest misses, hits, and for RICE what it attends to")
-    looks.add_argument("--n", type=int, default=20, help="how many clips of each (default: 20)")
-    looks.add_argument("--compare", metavar="FILE", help="with --pictures: a second checkpoint, drawn under the first")
-    live = parser.add_argument_group("recognise a live (a checkpoint of --stage rice)")
-    live.add_argument("--live", metavar="PATH", help="a folder of frames, or a video (needs the program ffmpeg)")
-    live.add_argument("--shop", metavar="DIR", help="the folder of shop images it is ranked against")
-    live.add_argument("--every", type=float, default=10, help="seconds between the frames that are looked at (default: 10)")
-    live.add_argument("--window", type=int, default=10, help="frames of a clip (default: 10)")
-    live.add_argument("--top", type=int, default=5, help="images an answer names (default: 5)")
-    live.add_argument("--fps", type=float, default=1, help="frames a second of a folder of frames (default: 1)")
-    live.add_argument("--asr", metavar="FILE", help="what was said, rows of seconds<TAB>text")
-    live.add_argument("--titles", metavar="FILE", help="titles of the shop images, rows of image<TAB>title")
-    live.add_argument("--detector", metavar="FILE", help="another detector than the one RICE was trained with")
-    options = parser.parse_args(argv)
+    options = flags().parse_args(argv)
 
     def command():
         if options.json and (not Path(options.json).parent.is_dir() or Path(options.json).is_dir()):
             raise BadInput(f"--json {options.json}: expected a file in a folder that exists")
         paths = list(dict.fromkeys(path for given in options.ckpt for path in sorted(glob.glob(given)) or [given]))
-        if options.live:
-            if not options.shop or len(paths) > 1 or start_processes()[1] > 1:
-                raise BadInput("--live needs --shop, one --ckpt and one process")
-            recognise(paths[0], options.live, options.shop, options.out or "runs/live", options.every, options.window, options.top,
-                      options.rerank or 0, options.fps, options.asr, options.titles, options.detector)
-            return
-        if options.n < 1 or options.compare and (not options.pictures or len(paths) > 1):
-            raise BadInput("--n is 1 or more; --compare needs --pictures and one --ckpt")
-        settings = options.data, options.split, options.out, options.workers, options.rerank
-        shown = paths + [options.compare] * bool(options.compare)
-        runs = [evaluate(path, *settings, every_source=len(paths) == 1) for path in watch(shown, "checkpoints")]
-        if not is_first():
-            return
-        result, look, _ = runs[0]
-        if len(paths) > 1:
-            result = compare(runs, options.markdown) | {"runs": [run[0] for run in runs]}
+        if not options.live:
+            tables_and_pictures(paths, options)
+        elif options.shop and len(paths) == 1 and start_processes()[1] == 1:
+            recognise(paths[0], options)
         else:
-            show(result, options.markdown)
-        if options.json:
-            write_json(options.json, result)
-        if options.compare:
-            if len({(r["stage"], r["data"], r["split"]) for r, *_ in runs}) > 1:
-                raise BadInput(f"--compare {options.compare}: expected the same stage on the same data as {paths[0]}")
-            drawn = draw_comparison([look, runs[1][1]], shown, options.pictures, options.n)
-        elif options.pictures:
-            drawn = draw_misses_and_hits(look, options.pictures, options.n)
-            drawn += filter(None, [draw_curves(Path(paths[0]).with_suffix(".jsonl"), Path(options.pictures) / "curves.png", result)])
-        else:
-            drawn = [draw_examples(look, options.out or Path(paths[0]).parent)] if len(paths) == 1 else []
-        print(*(f"\npicture: {path}" for path in drawn), sep="")
+            raise BadInput("--live needs --shop, one --ckpt and one process")
+
     try:
         data.guarded(command)
     finally:

@@ -75,26 +75,24 @@ def test_a_stopped_live_goes_on(run_one, recording, tmp_path, capsys):
 
 
 def test_the_shop_is_embedded_once_and_anew_where_it_changed(run_one, recording, tmp_path, monkeypatch):
-    shop, embedded, embed = tmp_path / "shop", [], evaluation.embed
+    shop, embedded, embed = tmp_path / "shop", [], evaluation.Embedder.embed
     shutil.copytree(recording["root"] / "shop", shop)
 
-    def counted(encode, dataset, numbers, *rest):
+    def counted(self, dataset, numbers, *rest):
         embedded.append(len(numbers))
-        return embed(encode, dataset, numbers, *rest)
-    monkeypatch.setattr(evaluation, "embed", counted)
-    checkpoint = evaluation.read_checkpoint(run_one / "rice.pt")
-    checkpoint["config"]["workers"] = 0
-    model, tokenizer = evaluation.restore(checkpoint, torch.device("cpu"))
-    again = lambda key="a" * 64: evaluation.open_shop(shop, {}, model, tokenizer, checkpoint["config"], key, torch.device("cpu"))
-    before = again()
-    assert embedded == [4] and len(before.names) == len(before.feature) == 4
-    assert torch.equal(again().feature, before.feature) and embedded == [4]
-    Image.new("RGB", (40, 30), "red").save(shop / before.names[-1])
+        return embed(self, dataset, numbers, *rest)
+    monkeypatch.setattr(evaluation.Embedder, "embed", counted)
+    embedder = evaluation.Embedder(evaluation.read_checkpoint(run_one / "rice.pt"), torch.device("cpu"))
+    again = lambda key="a" * 64: evaluation.open_shop(shop, {}, embedder, key)
+    before, features = again()
+    assert embedded == [4] and len(before) == len(features) == 4
+    assert torch.equal(again()[1], features) and embedded == [4]
+    Image.new("RGB", (40, 30), "red").save(shop / before.ids[-1])
     (shop / "broken.png").write_bytes(b"no picture")
-    after = again()
-    assert embedded == [4, 2] and len(after.names) == len(after.feature) == 4 and "broken.png" not in after.names
-    for name, row in zip(before.names, before.feature):
-        assert torch.equal(after.feature[after.names.index(name)], row) == (name != before.names[-1])
+    after, changed = again()
+    assert embedded == [4, 2] and len(after) == len(changed) == 4 and "broken.png" not in after.ids
+    for name, row in zip(before.ids, features):
+        assert torch.equal(changed[after.ids.index(name)], row) == (name != before.ids[-1])
     again("b" * 64)
     assert embedded == [4, 2, 5]
     (kept,) = tmp_path.glob(f".shop-{'b' * 12}.npz")
@@ -174,7 +172,7 @@ def test_pictures_of_misses_and_hits(run_one, livestreams, tmp_path, capsys):
 @pytest.mark.parametrize("text", ["a red mug " * 30, "新鲜有机蔬菜每日新鲜采摘" * 20, "Filmjölk 3 %", "한국어 日本語 mixed", "", "x" * 500, "\u200b\ufffd\x00\t"])
 def test_text_stays_in_its_place_whatever_it_holds(monkeypatch, fonts, text):
     if not fonts:
-        monkeypatch.setattr(evaluation, "FONTS", tuple((lowest, ()) for lowest, _ in evaluation.FONTS))
+        monkeypatch.setattr(evaluation, "FONTS", ())
         evaluation.font.cache_clear()
     picture = Image.new("RGB", (400, 120), "white")
     evaluation.write(ImageDraw.Draw(picture), (10, 10), text, 150, 3)
