@@ -1,14 +1,15 @@
 """Livestreams: the LPR4M layout on disk, samples and batches, and a renderer that writes the same layout.
 
-    python data.py render runs/livestreams                    the quickstart's data (half a minute on two cores)
+    python data.py render runs/livestreams                the quickstart's data (half a minute on two cores)
     python data.py render DIR --seed 1 --lives 200 --categories 34 --size 160
-    python data.py check DIR                              what is in a folder, and what is wrong with it, by file and row
+    python data.py check DIR                              what is in a folder and what is wrong with it, by file and row
     python data.py link DOWNLOAD DIR                      img2dataset's output -> frames/ and images/
     python data.py movingfashion SOURCE DIR               MovingFashion -> this layout (needs the program ffmpeg)
     python data.py dedup DIR --ckpt runs/tiny/rice.pt     near-duplicate shop images
 
     DIR/annotations/training_videoinfo_*.txt       a clip a row, 11 columns by tab: video_id, frame_id list, box list,
-                                                   image_id, title, category id, category name, ASR, scale, duration, number
+                                                   image_id, title, category id, category name, ASR, scale, duration,
+                                                   number
     DIR/annotations/SPLIT_videoid_asr_*.txt        video_id, ASR                                SPLIT is test or val
     DIR/annotations/SPLIT_image_title_*.txt        image_id, title
     DIR/annotations/SPLIT_videoid_to_gtimage_*.json    {video_id: [image_id, ...]}
@@ -18,12 +19,16 @@
     DIR/annotations/SPLIT_frameid2kind_*.json          {frame_id: kind}, only in rendered data
     DIR/annotations/SPLIT_case_{two-in-view,near-identical}.txt    video ids, only in rendered data
     DIR/frames/FRAME_ID.jpg    DIR/images/IMAGE_ID.jpg     (or .png; or one level down, in FRAME_ID[:2]/)
-    DIR/frames/FRAME_ID.json   img2dataset's side file: original_width, original_height of a frame that was stored smaller
+    DIR/frames/FRAME_ID.json   img2dataset's side file: original_width, original_height of a frame stored smaller
 
     video_id = live_id-start_ms-end_ms,  frame_id = video_id-index.  A live id may hold hyphens itself.
 
 Data flow:  Lives (rows of text) -> Clip (ids, boxes, texts) -> DetectionSet or PairSet (tensors of one sample)
             -> batches (collate_detection pads) by StepSampler, in an order that is a function of (seed, step) alone.
+
+An item is asked for by (epoch, i): its augmentation is a function of (seed, epoch, i) alone. It is a dict with
+    clip  the clip's number in the split     bad  what could not be read ("": nothing)     and what its set's docstring says.
+In training an item of which anything cannot be read is empty; in evaluation only the frame that cannot be read is.
 
 Letters: B batch, T frames, M boxes of a frame, H W pixels, S side of a square view, P patches, N tokens of a text.
 """
@@ -50,6 +55,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 import torch
 import torchvision.io
 from PIL import Image, ImageDraw, ImageFilter
@@ -57,21 +63,20 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-# torchvision's decoder is the fastest of those at hand for JPEG (540 x 960 to 480: 3.3 ms of one core with the resize, Pillow's
-# draft mode 8.6; to 224: 3.5 and 3.7); since 0.29 every call announces its successor, another package.
+# torchvision's JPEG decoder is the fastest at hand (540 x 960 to 480: 3.3 ms of one core with the resize, Pillow's draft
+# mode 8.6; to 224: 3.5 and 3.7); since 0.29 every call announces its successor, another package.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision are deprecated")
-warnings.filterwarnings("ignore", category=SyntaxWarning, message="invalid escape sequence")  # of a list in a row; says no file
-warnings.filterwarnings("ignore", message="Detected pickle protocol")            # of a checkpoint that is none, which is refused anyway
+# What Python says of a list in a row, and torch of a checkpoint that is none, names no file; ours is the one line.
+warnings.filterwarnings("ignore", message="invalid escape sequence", category=SyntaxWarning)
+warnings.filterwarnings("ignore", message="Detected pickle protocol")
 
 SPLITS = {"scale": ("small", "medium", "large"), "duration": ("short", "medium", "long"),
           "number": ("abundant", "medium", "few")}
-CASES = ("two in view", "near-identical")        # clips that only words, clips that only details can tell (rendered data)
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                        # what DAB-DETR's weights expect
-CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what CLIP's weights expect
-
-
-LARGEST = 100_000_000                             # pixels of a picture; a file that claims more would take the memory of all
-Image.MAX_IMAGE_PIXELS = None                     # Pillow's own limit, which warns first
+CASES = ("two in view", "near-identical")     # clips that only words, clips that only details can tell (rendered data)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                               # what DAB-DETR's weights expect
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)      # what CLIP's weights expect
+LARGEST = 100_000_000                         # pixels of a picture; a file that claims more would take the memory of all
+Image.MAX_IMAGE_PIXELS = None                 # Pillow's own limit, which warns first
 
 
 class BadInput(Exception):
@@ -97,8 +102,10 @@ def guarded(command, *arguments):
 
 @contextlib.contextmanager
 def whole(path, mine=""):
-    """A name to write to that becomes `path` at the end: the file is there whole or not at all. mine: what tells apart
-    the names of processes that may write the same file."""
+    """A name to write to that becomes `path` at the end: the file is there whole or not at all.
+
+    mine: what tells apart the names of processes that may write the same file.
+    """
     part = f"{path}{mine}.part"
     try:
         yield part
@@ -130,21 +137,17 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass
 class Clip:
-    """One clip; boxes[t] is [n, 5] = x1 y1 x2 y2 in pixels and the raw category id (-1: not known), n >= 0.
-
-    `boxes` is None when nobody annotated the clip; `kinds` tells how a rendered frame was staged; `splits` are a training
-    row's scale, visible duration and number of products; `dropped` counts boxes without area, which are left out.
-    """
+    """One clip; boxes[t] is [n, 5] = x1 y1 x2 y2 in pixels and the raw category id (-1: not known), n >= 0."""
     video_id: str
     frame_ids: list
-    boxes: list | None
+    boxes: list | None          # None: nobody annotated the clip
     image_ids: list
     title: str
     asr: str
-    kinds: list | None = None
+    kinds: list | None = None   # how each frame was staged, in rendered test data
     category: int = -1
-    splits: tuple = ()
-    dropped: int = 0
+    splits: tuple = ()          # a training row's scale, visible duration and number of products
+    dropped: int = 0            # boxes without area, which are left out
 
 
 def live_of(video_id):
@@ -155,22 +158,20 @@ def live_of(video_id):
 def _literal(text, where):
     """A list written as JSON or as a Python literal; never evaluated as code."""
     for read in (json.loads, ast.literal_eval):
-        try:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             value = read(text)
-            break
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            value = None
-    if not isinstance(value, list):
-        raise BadInput(f"{where}: expected a list such as [\"a\", \"b\"], found {text[:40]!r}")
-    return value
+            if isinstance(value, list):
+                return value
+    raise BadInput(f"{where}: expected a list such as [\"a\", \"b\"], found {text[:40]!r}")
 
 
 def _object(pairs):
     """A JSON object in which no key stands twice, for the last one would win unseen."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        seen = set()
-        raise ValueError(f"{ascii(next(key for key, _ in pairs if key in seen or seen.add(key)))[:60]} stands twice")
+    value = {}
+    for key, entry in pairs:
+        if key in value:
+            raise ValueError(f"{ascii(key)[:60]} stands twice")
+        value[key] = entry
     return value
 
 
@@ -182,69 +183,26 @@ def _safe_id(name, where):
 
 
 def _boxes(entry, category, where):
-    """Boxes of one frame [n,5], from one flat box or a list of boxes of 4 or 5 numbers; zeros or nothing: no box."""
+    """What is given for one frame -> its boxes [n,5], and how many without area were left out.
+
+    Given is a flat box or a list of boxes, each of 4 numbers or 5 (the last its category); zeros or nothing: no box.
+    """
     rows = entry if isinstance(entry, list) else [entry]
     rows = rows if all(isinstance(row, list) for row in rows) else [rows]
-    out = []
-    for row in rows:
-        if row and (len(row) not in (4, 5) or not all(type(v) in (int, float) and abs(v) < 2 ** 53 for v in row)):
+    boxes, dropped = [], 0
+    for row in filter(None, rows):
+        if len(row) not in (4, 5) or not all(type(v) in (int, float) and abs(v) < 2 ** 53 for v in row):
             raise BadInput(f"{where}: expected x1, y1, x2, y2 and perhaps a category, found {str(row)[:60]}")
-        if row and row[2] > row[0] and row[3] > row[1]:
-            out.append([*row[:4], row[4] if len(row) == 5 else category])
-    return np.asarray(out, np.float64).reshape(-1, 5)
+        if row[2] > row[0] and row[3] > row[1]:
+            boxes.append([*row[:4], row[4] if len(row) == 5 else category])
+        else:
+            dropped += any(row[:4])
+    return np.asarray(boxes, np.float64).reshape(-1, 5), dropped
 
 
 ROW = np.dtype([("offset", "i8"), ("product", "i8"), ("live", "i8"), ("row", "i4"), ("length", "i4"),
                 ("annotated", "?")])                                                    # 33 bytes a clip
 ROW_BYTES = struct.Struct("=qqqii?")
-
-
-def _index(path, complain=None):
-    """One pass over a training file -> what is known of each row [rows] of ROW without parsing it, and {category id: name}.
-
-    complain(text): what to do with a row that is none; it is left out then (by default it is an error). Kept in a file
-    beside it (when the folder can be written to) and made again when the training file's size or time changes.
-    """
-    stamp = [path.stat().st_size, path.stat().st_mtime_ns]
-    kept = path.with_name(f".{path.name}.index.npz")
-    try:
-        with np.load(kept) as saved:
-            if not complain and saved["stamp"].tolist() == stamp and saved["rows"].dtype == ROW:
-                return saved["rows"], {int(raw): str(name) for raw, name in zip(saved["ids"], saved["names"])}
-    except Exception:                                            # none, or a torn one, which raises whatever its bytes lead to:
-        pass                                                     # it is made again
-    packed, categories, offset = bytearray(), {}, 0
-    with open(path, "rb") as file, tqdm(total=stamp[0], unit="B", unit_scale=True, desc=f"index {path.name}", delay=2, leave=False) as bar:
-        for row, line in enumerate(file, 1):
-            columns, start, wrong = line.rstrip(b"\r\n").split(b"\t"), offset, ""
-            offset += len(line)
-            if len(columns) != 11:
-                wrong = f"{path}:{row}: expected 11 columns by tab, found {len(columns)}"
-            elif columns[5].strip() and not (columns[5].strip().isdigit() and len(columns[5].strip()) < 16):
-                wrong = f"{path}:{row}: category id: expected a whole number, found {columns[5][:40]!r}"
-            if wrong and not complain:
-                raise BadInput(wrong)
-            if wrong:
-                complain(wrong)
-                continue
-            # A box list of [] was never annotated: no detector may learn from it that nothing is there.
-            annotated = len(columns[2]) > 8 or columns[2].translate(None, b" ") not in (b"", b"[]")
-            packed += ROW_BYTES.pack(start, *_numbers(columns), row,
-                                     columns[1].count(b",") + (columns[1].strip(b" []") != b""), annotated)
-            raw = columns[5].strip()
-            if raw and int(raw) not in categories:
-                categories[int(raw)] = columns[6].decode(errors="replace")
-            if row % 1000 == 0:
-                bar.update(offset - bar.n)
-    rows = np.frombuffer(packed, ROW)
-    if complain:
-        return rows, categories
-    try:
-        with whole(kept, f".{os.getpid()}") as part, open(part, "wb") as file:
-            np.savez(file, stamp=stamp, rows=rows, ids=list(categories), names=np.array(list(categories.values()), str))
-    except OSError:
-        pass                                                     # a folder that is not ours to write to
-    return rows, categories
 
 
 def _number(name):
@@ -253,25 +211,60 @@ def _number(name):
 
 
 def _numbers(columns):
-    """The numbers that stand for the image and the live of a training row's columns."""
+    """The numbers that stand for the image and the live of a training row's columns (bytes)."""
     return _number(columns[3].strip()), _number(columns[0].rsplit(b"-", 2)[0])
 
 
-def _count(entry):
-    """How many boxes an entry of a box list gives; all zeros is a way to write none."""
-    rows = entry if isinstance(entry, list) and all(isinstance(row, list) for row in entry) else [entry]
-    return sum(bool(row) and any(row[:4]) for row in rows)
+def _index(path, complain=None):
+    """One pass over a training file -> [rows] of ROW, and {category id: name}.
+
+    Kept in a file beside it, where the folder can be written to, until the training file's size or time changes.
+    complain(text): told of every row that is none, which is left out then; without it the first one is an error.
+    """
+    stamp = [path.stat().st_size, path.stat().st_mtime_ns]
+    kept = path.with_name(f".{path.name}.index.npz")
+    with contextlib.suppress(Exception), np.load(kept) as saved:      # none, or torn: raises whatever its bytes lead to
+        if not complain and saved["stamp"].tolist() == stamp and saved["rows"].dtype == ROW:
+            return saved["rows"], {int(raw): str(name) for raw, name in zip(saved["ids"], saved["names"])}
+    packed, categories, offset = bytearray(), {}, 0
+    bar = tqdm(total=stamp[0], unit="B", unit_scale=True, desc=f"index {path.name}", delay=2, leave=False)
+    with bar, open(path, "rb") as file:
+        for row, line in enumerate(file, 1):
+            columns, start, wrong = line.rstrip(b"\r\n").split(b"\t"), offset, ""
+            offset += len(line)
+            bar.update(len(line))
+            raw = columns[5].strip() if len(columns) == 11 else b""
+            if len(columns) != 11:
+                wrong = f"{path}:{row}: expected 11 columns by tab, found {len(columns)}"
+            elif raw and not (raw.isdigit() and len(raw) < 16):
+                wrong = f"{path}:{row}: category id: expected a whole number, found {columns[5][:40]!r}"
+            if wrong:
+                if not complain:
+                    raise BadInput(wrong)
+                complain(wrong)
+                continue
+            length = columns[1].count(b",") + (columns[1].strip(b" []") != b"")
+            # A box list of [] was never annotated: no detector may learn from it that nothing is there.
+            annotated = len(columns[2]) > 8 or columns[2].translate(None, b" ") not in (b"", b"[]")
+            packed += ROW_BYTES.pack(start, *_numbers(columns), row, length, annotated)
+            if raw and int(raw) not in categories:
+                categories[int(raw)] = columns[6].decode(errors="replace")
+    rows = np.frombuffer(packed, ROW)
+    with contextlib.suppress(OSError):                                # a folder that is not ours to write to
+        if not complain:
+            with whole(kept, f".{os.getpid()}") as part, open(part, "wb") as file:
+                np.savez(file, stamp=stamp, rows=rows, ids=list(categories), names=np.array([*categories.values()], str))
+    return rows, categories
 
 
 class Lives:
     """One split ("train", "val" or "test") of a data folder in the LPR4M layout; `clip(i)` parses clip i on demand.
 
-    A training file is kept as an array of byte offsets (33 bytes a clip in all); nothing grows with the number of frames.
     lengths [clips]: frames of each; frame_counts [clips]: the annotated ones. Of the training rows also: product [clips]
     and live [clips], image ids (-1: none) and live ids as numbers, and categories {raw id: name} in order of id; a
     detector's class k is the k-th. A test clip is any that has an ASR row, a true image or a true box; none is left out.
-    complain(file:row, text): called for every bad training row, which is then passed over (`check` lists them all); without
-    it the first one raises BadInput naming file, row and field.
+    A training file is kept as an array of byte offsets; nothing grows with the number of frames.
+    complain(text): told file:row of every bad training row, which is passed over; without it the first raises BadInput.
     """
 
     def __init__(self, root, split, complain=None):
@@ -296,13 +289,12 @@ class Lives:
         self.files = sorted((self.root / "annotations").glob("training_videoinfo_*.txt"))
         if not self.files:
             raise BadInput(f"{self.root}/annotations: no training_videoinfo_*.txt; expected at least one part")
-        parts = [_index(path, complain) for path in self.files]
-        self.ends = np.cumsum([len(rows) for rows, _ in parts])
-        table = np.concatenate([rows for rows, _ in parts]) if len(parts) > 1 else parts[0][0]
-        self.offsets, self.rows, self.lengths, self.product, self.live = (
-            table[name] for name in ("offset", "row", "length", "product", "live"))
-        self.frame_counts = self.lengths * table["annotated"]
-        self.categories = dict(sorted({raw: name for _, categories in parts for raw, name in categories.items()}.items()))
+        tables, categories = zip(*(_index(path, complain) for path in self.files))
+        self.ends = np.cumsum([len(rows) for rows in tables])
+        self.table = np.concatenate(tables) if len(tables) > 1 else tables[0]
+        self.lengths, self.product, self.live = (self.table[name] for name in ("length", "product", "live"))
+        self.frame_counts = self.lengths * self.table["annotated"]
+        self.categories = dict(sorted((raw, name) for part in categories for raw, name in part.items()))
 
     def _file(self, name):
         """The one file of this split whose name fits, and its text; (None, "") when there is none."""
@@ -315,19 +307,14 @@ class Lives:
             raise BadInput(f"{paths[0]}: expected UTF-8 text") from None
 
     def _table(self, name):
-        """{id: text} of a file of rows by tab."""
+        """{id: text} of a file of rows by tab; the text may be missing."""
         path, text = self._file(name)
         entries = {}
         for row, line in enumerate(text.split("\n"), 1):
-            name, _, value = line.rstrip("\r").partition("\t")
-            if line.rstrip("\r") and entries.setdefault(_safe_id(name, f"{path}:{row}: id"), value.strip()) != value.strip():
-                raise BadInput(f"{path}:{row}: {name[:60]} stands above with another text")
+            key, value = (part.strip() for part in line.partition("\t")[::2])
+            if line.strip() and entries.setdefault(_safe_id(key, f"{path}:{row}: id"), value) != value:
+                raise BadInput(f"{path}:{row}: {key[:60]} stands above with another text")
         return entries
-
-    def _ids(self, name):
-        """The ids of a file of one a row."""
-        path, text = self._file(name)
-        return {_safe_id(video_id, f"{path}: video id") for video_id in text.split()}
 
     def _mapping(self, name, ids=False):
         """{id: value} of a JSON file; with ids=True every value has to be a list of image ids."""
@@ -340,11 +327,9 @@ class Lives:
             raise BadInput(f"{path}: expected an object {{id: ...}}, found {type(value).__name__}")
         for key, images in value.items():
             _safe_id(key, f"{path}: key")
-            if not ids:
-                continue
-            if not isinstance(images, list):
+            if ids and not isinstance(images, list):
                 raise BadInput(f"{path}: {key}: expected a list of image ids, found {str(images)[:40]!r}")
-            for image_id in images:
+            for image_id in images if ids else ():
                 _safe_id(image_id, f"{path}: {key}")
         return value
 
@@ -353,13 +338,13 @@ class Lives:
         self.positives = self._mapping("videoid_to_gtimage_*.json", ids=True)
         self.galleries = self._mapping("liveid_to_gallery_*.json", ids=True)
         self.truth, self.kinds = self._mapping("frameid2gtbox_*.json"), self._mapping("frameid2kind_*.json")
-        self.members = {(name, value): self._ids(f"{name}_{value}.txt")
+        self.members = {(name, value): set(self._table(f"{name}_{value}.txt"))
                         for name, values in SPLITS.items() for value in values}
-        self.cases = {case: self._ids(f"case_{case.replace(' ', '-')}.txt") for case in CASES}
-        for frame_id, kind in self.kinds.items():
-            _safe_id(kind, f"{self.root}/annotations: {self.split}_frameid2kind: {frame_id}")            # is drawn and printed
-        frames = {video_id: [] for video_id in [*self.asr, *self.positives]}
-        source = list(self.truth)
+        self.cases = {case: set(self._table(f"case_{case.replace(' ', '-')}.txt")) for case in CASES}
+        for frame_id, kind in self.kinds.items():                                           # a kind is drawn and printed
+            _safe_id(kind, f"{self.root}/annotations: {self.split}_frameid2kind: {frame_id}")
+        self.frames = {video_id: [] for video_id in [*self.asr, *self.positives]}
+        source = self.truth
         if not source:                                          # data without boxes: the folder says which frames exist
             names = (name for _, _, names in os.walk(self.root / "frames") for name in names)
             source = [name[:-4] for name in names if name.endswith((".jpg", ".png"))]
@@ -367,11 +352,12 @@ class Lives:
             video_id, _, index = _safe_id(frame_id, f"{self.root}: frame id").rpartition("-")
             if not index.isdecimal() or len(index) > 18:
                 raise BadInput(f"{self.root}: frame id {frame_id[:60]!r}: expected video_id-index, index a whole number")
-            if self.truth or video_id in frames:                # frames of the training clips lie in the same folder
-                frames.setdefault(video_id, []).append(frame_id)
-        self.video_ids = [_safe_id(video_id, f"{self.root}: video id") for video_id in frames]
-        self.frames = {v: sorted(ids, key=lambda f: int(f.rpartition("-")[2])) for v, ids in frames.items()}
-        self.lengths = np.array([len(self.frames[v]) for v in self.video_ids], np.int64)
+            if self.truth or video_id in self.frames:           # frames of the training clips lie in the same folder
+                self.frames.setdefault(video_id, []).append(frame_id)
+        for frame_ids in self.frames.values():
+            frame_ids.sort(key=lambda frame_id: int(frame_id.rpartition("-")[2]))
+        self.video_ids = [_safe_id(video_id, f"{self.root}: video id") for video_id in self.frames]
+        self.lengths = np.array([len(frame_ids) for frame_ids in self.frames.values()], np.int64)
         self.frame_counts = self.lengths * bool(self.truth)
 
     def few(self, count):
@@ -381,10 +367,10 @@ class Lives:
             if len(taken) < count and (self.frame_counts[i] or not self.frame_counts.any()):
                 taken.setdefault(int(self.product[i]) if self.product[i] >= 0 else -2 - i, i)
         rows = list(taken.values())
-        clips = [self.clip(i) for i in rows]
+        self.chosen = clips = [self.clip(i) for i in rows]
         for name in ("lengths", "frame_counts", "product", "live"):
             setattr(self, name, getattr(self, name)[rows])
-        self.chosen, self.video_ids, self.truth = clips, [clip.video_id for clip in clips], bool(self.frame_counts.any())
+        self.video_ids, self.truth = [clip.video_id for clip in clips], bool(self.frame_counts.any())
         self.asr, self.titles = {c.video_id: c.asr for c in clips}, {i: c.title for c in clips for i in c.image_ids}
         self.positives, self.members, self.cases = {c.video_id: c.image_ids for c in clips}, {}, {}
         self.galleries = {live_of(video_id): list(self.titles) for video_id in self.video_ids}
@@ -394,50 +380,53 @@ class Lives:
         """Clip i, parsed from its row (train) or put together from the test files."""
         if self.chosen:
             return self.chosen[i]
-        if self.split != "train":
-            video_id = self.video_ids[i]
-            frame_ids, images = self.frames[video_id], self.positives.get(video_id, [])
-            boxes = [_boxes(self.truth[f], -1, f"{self.root}: true boxes of {f}") for f in frame_ids] if self.truth else None
-            return Clip(video_id, frame_ids, boxes, images, self.titles.get(images[0], "") if images else "",
-                        self.asr.get(video_id, ""), [str(self.kinds.get(f, "")) for f in frame_ids] if self.kinds else None)
+        if self.split == "train":
+            return self._training_clip(i)
+        video_id = self.video_ids[i]
+        frame_ids, images = self.frames[video_id], self.positives.get(video_id, [])
+        boxes = [_boxes(self.truth[f], -1, f"{self.root}: true boxes of {f}")[0] for f in frame_ids] if self.truth else None
+        kinds = [str(self.kinds.get(f, "")) for f in frame_ids] if self.kinds else None
+        return Clip(video_id, frame_ids, boxes, images, self.titles.get(images[0], "") if images else "",
+                    self.asr.get(video_id, ""), kinds)
+
+    def _training_clip(self, i):
         where = self.where(i)
-        with open(self.files[int(np.searchsorted(self.ends, i, side="right"))], "rb") as file:
-            file.seek(max(0, self.offsets[i]))
+        with open(where.rpartition(":")[0], "rb") as file:
+            file.seek(max(0, self.table["offset"][i]))
             line = file.readline().rstrip(b"\r\n")
+        if line.count(b"\t") != 10 or _numbers(line.split(b"\t")) != (self.product[i], self.live[i]):
+            raise BadInput(f"{where}: not the row that was indexed; remove {self.root}/annotations/.*.index.npz, "
+                           "and it is made again")
         try:
-            columns = line.decode("utf-8").split("\t")
+            video_id, frames, given, image_id, title, category, _, asr, *splits = line.decode("utf-8").split("\t")
         except UnicodeDecodeError:
             raise BadInput(f"{where}: expected UTF-8 text") from None
-        if len(columns) != 11 or _numbers(line.split(b"\t")) != (self.product[i], self.live[i]):
-            raise BadInput(f"{where}: not the row that was indexed; remove {self.root}/annotations/.*.index.npz, and it is made again")
-        _safe_id(columns[0], f"{where}: video_id")
-        frame_ids = [_safe_id(f, f"{where}: frame_id list") for f in _literal(columns[1], f"{where}: frame_id list")]
+        _safe_id(video_id, f"{where}: video_id")
+        frame_ids = [_safe_id(f, f"{where}: frame_id list") for f in _literal(frames, f"{where}: frame_id list")]
         if len(frame_ids) != self.lengths[i]:
             raise BadInput(f"{where}: frame_id list: {len(frame_ids)} ids, but commas for {self.lengths[i]}")
-        boxes, dropped = _literal(columns[2] or "[]", f"{where}: box list") if self.frame_counts[i] else None, 0
-        if boxes is not None and len(boxes) != len(frame_ids):
-            raise BadInput(f"{where}: {len(frame_ids)} frames but {len(boxes)} entries in the box list")
-        category = int(columns[5]) if columns[5].strip() else -1
-        if boxes is not None:
-            given, boxes = boxes, [_boxes(entry, category, f"{where}: box list, frame {t}") for t, entry in enumerate(boxes)]
-            dropped = sum(map(_count, given)) - sum(map(len, boxes))
-        images = [_safe_id(columns[3], f"{where}: image_id")] if columns[3].strip() else []
-        return Clip(columns[0], frame_ids, boxes, images, columns[4].strip(), columns[7].strip(), None,
-                    category, tuple(c.strip() for c in columns[8:]), dropped)
+        images = [_safe_id(image_id, f"{where}: image_id")] if image_id.strip() else []
+        clip = Clip(video_id, frame_ids, None, images, title.strip(), asr.strip(), None,
+                    int(category) if category.strip() else -1, tuple(value.strip() for value in splits))
+        if self.frame_counts[i]:
+            given = _literal(given or "[]", f"{where}: box list")
+            if len(given) != len(frame_ids):
+                raise BadInput(f"{where}: {len(frame_ids)} frames but {len(given)} entries in the box list")
+            boxes = [_boxes(entry, clip.category, f"{where}: box list, frame {t}") for t, entry in enumerate(given)]
+            clip.boxes, clip.dropped = [kept for kept, _ in boxes], sum(dropped for _, dropped in boxes)
+        return clip
 
     def where(self, i):
         """file:row of training clip i."""
-        return f"{self.files[int(np.searchsorted(self.ends, i, side='right'))]}:{self.rows[i]}"
+        return f"{self.files[np.searchsorted(self.ends, i, side='right')]}:{self.table['row'][i]}"
 
     def clip_or_none(self, i):
         """Clip i of a training split, None where its row is broken; who trains on it skips it and counts it."""
-        try:
+        with contextlib.suppress(BadInput):
             return self.clip(i)
-        except BadInput:
-            return None
 
     def read(self, folder, name):
-        """The picture `name` of frames/ or images/ as uint8 [3,H,W], upright; BadInput when it is missing, broken or too large."""
+        """The picture `name` of frames/ or images/, uint8 [3,H,W] upright; BadInput when missing, broken or too large."""
         return read_picture(self._path(folder, name))
 
     def image(self, name):
@@ -445,18 +434,18 @@ class Lives:
         return self.read("images", name)
 
     def frame(self, name):
-        """Frame `name` uint8 [3,H,W], and the (width, height) that its boxes are given in: another one than the picture's
-        when it was stored smaller and its side file NAME.json (img2dataset's) tells original_width and original_height."""
+        """Frame `name` uint8 [3,H,W], and the (width, height) that its boxes are given in.
+
+        These are another size than the picture's when the frame was stored smaller and its side file tells the original.
+        """
         path = self._path("frames", name)
         image, side = read_picture(path), f"{path[:-4]}.json"
         if not os.path.lexists(side):
             return image, (image.shape[2], image.shape[1])
-        try:
-            with open(inside(side, self.root / "frames"), encoding="utf-8") as file:
-                about = json.load(file)
+        size = 0, 0
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError, OSError):
+            about = json.loads(Path(inside(side, self.root / "frames")).read_text(encoding="utf-8"))
             size = int(about["original_width"]), int(about["original_height"])
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError, OSError):
-            size = 0, 0
         if min(size) < 1 or size[0] * size[1] > LARGEST:
             raise BadInput(f"{side}: expected an object with original_width and original_height, in pixels")
         return image, size
@@ -469,27 +458,25 @@ class Lives:
         raise BadInput(f"{base}/{name[:200]}.jpg: missing (nor .png, nor under {name[:2]}/)")
 
 
+_real = functools.cache(os.path.realpath)
+
+
 def inside(path, folder):
     """`path` itself; BadInput when a link leads it out of the folder, which may be a link."""
-    if not os.path.realpath(path).startswith(os.path.join(_real(str(folder)), "")):
+    if not os.path.realpath(path).startswith(os.path.join(_real(folder), "")):
         raise BadInput(f"{path}: a link that leads out of {folder}")
     return path
 
 
-@functools.cache
-def _real(folder):
-    return os.path.realpath(folder)
-
-
 def read_picture(path):
-    """A JPEG or PNG as uint8 [3,H,W], turned as its EXIF says; BadInput when it is neither, torn, or over LARGEST pixels."""
+    """A JPEG or PNG as uint8 [3,H,W], turned as its EXIF says; BadInput when it is neither, torn, or over LARGEST."""
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as header:               # reads no pixels yet
             width, height = header.size
         if width * height > LARGEST:
             raise BadInput(f"{path}: {width} x {height} pixels, more than {LARGEST:,}")
         image = torchvision.io.decode_image(torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB, True)
-        return image if image.dtype == torch.uint8 else TF.to_dtype(image, torch.uint8, scale=True)   # a PNG may hold 16 bits
+        return TF.to_dtype(image, torch.uint8, scale=True)                      # a PNG may hold 16 bits
     except BadInput:
         raise
     except Exception:                                    # a decoder raises whatever the bytes lead it to
@@ -497,14 +484,12 @@ def read_picture(path):
 
 
 def picture_files(folder):
-    """Paths of the pictures in a folder and its subfolders, numbers in their names in order of value; BadInput when there are none."""
+    """Paths of the pictures in a folder and below, numbers in names in order of value; BadInput when there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; expected one of .jpg and .png pictures")
-    files = [Path(where) / name for where, _, names in os.walk(folder) for name in names
+    files = [inside(Path(where) / name, folder) for where, _, names in os.walk(folder) for name in names
              if name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith(".")]
-    for path in files:
-        inside(path, folder)
     if not files:
         raise BadInput(f"{folder}: no .jpg and no .png in it")
     return sorted(files, key=lambda path: [(int(part), "") if part.isdecimal() else (-1, part)
@@ -521,7 +506,6 @@ def even_frames(count, frames):
 
 def train_tokenizer(texts, vocab=2000):
     """A sentencepiece model (its bytes) of the training texts; b"" when there is no text at all."""
-    import sentencepiece
     texts = [t[:2000] for t in texts if t.strip()]    # a text that repeats itself takes the square of its length
     if not texts:
         return b""
@@ -536,10 +520,9 @@ def train_tokenizer(texts, vocab=2000):
 
 
 class Tokenizer:
-    """Text -> token ids [length]: a start token, the text's pieces, padding (0). Empty text is the start token alone."""
+    """Text -> token ids [N]: a start token, the text's pieces, padding (0). Empty text is the start token alone."""
 
     def __init__(self, model, length=24):
-        import sentencepiece
         self.length = length
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
@@ -556,22 +539,21 @@ class Tokenizer:
 
 
 class DetectionSet(Dataset):
-    """Frames with their boxes, `frames` at a time: 1 for SD (an item a frame), more for MD (an item a clip).
+    """Frames with their boxes, `frames` at a time: 1 for SD (in training an item a frame), more for MD (an item a clip).
 
-    categories: raw category id -> class. shortest: (lowest, highest, step) of the shortest side, drawn per item in
-    training (supplement, section 2.2), the highest in evaluation; longest: limit of the longest side, in pixels.
-    An item is asked for by (epoch, i): its augmentation is a function of (seed, epoch, i) alone. It holds
-        frames  T x uint8 [3,h,w]     boxes_cxcywh  T x [M,4], 0..1     labels  T x [M]     size  T x (w, h) of the boxes
-        clip  its number in the split     position  T x int, place of the frame in the clip     bad  what could not be read
-    (boxes and labels in training only: an evaluation that looked at them would be none). A training item of which
-    anything cannot be read has no frames at all; in evaluation the frame that cannot be read is None.
-    In evaluation a clip of more than `frames` frames makes several items that interleave, so each spans the clip.
-    augment=False: training pictures as in evaluation.
+        frames  T x uint8 [3,h,w], in evaluation None for one that cannot be read     size  T x (w, h) of the boxes
+        boxes_cxcywh  T x [M,4], 0..1     labels  T x [M]     position  T x int, place of the frame in the clip
+    (boxes and labels in training only: an evaluation that looked at them would be none).
+    categories: the raw category ids in order of class. shortest: (lowest, highest, step) of the shortest side, drawn per
+    item in training (supplement, section 2.2), the highest in evaluation; longest: limit of the longest side, in pixels.
+    In evaluation a clip of more than `frames` frames makes several items that interleave, so each spans the clip;
+    every_frame=False: one item. augment=False: training pictures as in evaluation.
     """
 
     def __init__(self, lives, categories, frames, shortest, longest, train, seed=0, every_frame=True, augment=True):
         self.lives, self.categories, self.frames = lives, {c: k for k, c in enumerate(categories)}, frames
-        self.shortest, self.longest, self.train, self.seed, self.augment = shortest, longest, train, seed, train and augment
+        self.shortest, self.longest, self.train, self.seed = shortest, longest, train, seed
+        self.augment = train and augment
         if train:                                                                    # items of each clip
             self.parts = lives.frame_counts if frames == 1 else np.minimum(lives.frame_counts, 1)
         else:
@@ -588,10 +570,10 @@ class DetectionSet(Dataset):
         """Item i -> its clip's number, the clip, and the places of its frames in the clip."""
         c = int(np.searchsorted(self.ends, i, side="right"))
         clip, part, parts = self.lives.clip(c), i - int(self.ends[c] - self.parts[c]), int(self.parts[c])
-        places = list(range(len(clip.frame_ids)))
+        count = len(clip.frame_ids)
         if self.train and self.frames == 1:
             return c, clip, [part]
-        return c, clip, places[part::parts] if parts > 1 else even_frames(len(places), self.frames)
+        return c, clip, list(range(part, count, parts)) if parts > 1 else even_frames(count, self.frames)
 
     def __getitem__(self, key):
         try:
@@ -610,47 +592,46 @@ class DetectionSet(Dataset):
         item = {"frames": [], "boxes_cxcywh": [], "labels": [], "size": [], "clip": c, "position": positions, "bad": ""}
         for t in positions:
             try:
-                image, (width, height) = self.lives.frame(clip.frame_ids[t])          # [3,h,w]
+                image, size = self.lives.frame(clip.frame_ids[t])                     # [3,h,w]
+                scale = min(side / min(image.shape[1:]), self.longest / max(image.shape[1:]))
+                image = TF.resize(image, [max(1, round(n * scale)) for n in image.shape[1:]], antialias=True)
             except BadInput as error:
                 if self.train:
                     raise
-                image, (width, height), item["bad"] = None, (1, 1), str(error)
-            boxes, labels = self._targets(clip.boxes[t] if self.train else np.zeros((0, 5)), width, height)
-            if image is not None:
-                scale = min(side / min(image.shape[1:]), self.longest / max(image.shape[1:]))
-                new = [max(1, round(pixels * scale)) for pixels in image.shape[1:]]
-                image = TF.resize(image, new, antialias=True) if new != list(image.shape[1:]) else image
+                image, size, item["bad"] = None, (1, 1), str(error)
+            boxes, labels = self._targets(clip.boxes[t] if self.train else np.zeros((0, 5)), size)
             if flip:
                 image = image.flip(2)
                 boxes[:, 0] = 1 - boxes[:, 0]
-            item["frames"].append(image)
-            item["boxes_cxcywh"].append(boxes)
-            item["labels"].append(labels)
-            item["size"].append((width, height))
+            for name, value in (("frames", image), ("boxes_cxcywh", boxes), ("labels", labels), ("size", size)):
+                item[name].append(value)
         return item
 
-    def _targets(self, rows, width, height):
+    def _targets(self, rows, size):
         """Pixel boxes [M,5] -> cxcywh in 0..1 [M,4], clipped to the picture, and classes [M]; what lies outside goes."""
-        xyxy = (rows[:, :4] / (width, height, width, height)).clip(0, 1).astype(np.float32)
+        xyxy = (rows[:, :4] / (*size, *size)).clip(0, 1).astype(np.float32)
         kept = (xyxy[:, 2:] > xyxy[:, :2]).all(1)
         unknown = [int(c) for c in rows[:, 4] if c not in self.categories]
         if unknown:
-            raise BadInput(f"{self.lives.root}: a training box has the category {unknown[0]} (-1: none given), expected one "
-                           f"of column 6: {list(self.categories)[:40]}")
+            raise BadInput(f"{self.lives.root}: a training box has the category {unknown[0]} (-1: none given), expected "
+                           f"one of column 6: {list(self.categories)[:40]}")
         labels = np.array([self.categories[int(c)] for c in rows[:, 4]], np.int64)
         boxes = np.concatenate([(xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]], 1)
         return torch.from_numpy(boxes[kept]), torch.from_numpy(labels[kept])
 
 
 def collate_detection(items, multiple=16):
-    """Items -> frames uint8 [B,T,3,H,W], padding [B,T,H,W] (True = padded), valid [B,T] (False = no such frame, or it
-    cannot be read), boxes_cxcywh [B,T,M,4], labels [B,T,M] (-1: no box), size [B,T,2] (w, h of the boxes), clip [B],
-    position [B,T] (-1: no such frame), bad: list [B] of what could not be read ("": nothing)."""
+    """Items of DetectionSet -> a batch, its pictures padded to one size, a multiple of `multiple`.
+
+    frames uint8 [B,T,3,H,W], padding [B,T,H,W] (True = padded), valid [B,T] (False = no such frame, or it cannot be
+    read), boxes_cxcywh [B,T,M,4], labels [B,T,M] (-1: no box), size [B,T,2] (w, h of the boxes), clip [B],
+    position [B,T] (-1: no such frame), bad: list [B].
+    """
+    B = len(items)
     T = max([1] + [len(item["frames"]) for item in items])
     M = max([1] + [len(labels) for item in items for labels in item.get("labels", ())])
-    there = [f for item in items for f in item["frames"] if f is not None]
-    H, W = (multiple * math.ceil(max([1] + [f.shape[d] for f in there]) / multiple) for d in (1, 2))
-    B = len(items)
+    there = [image for item in items for image in item["frames"] if image is not None]
+    H, W = (multiple * math.ceil(max([1] + [image.shape[d] for image in there]) / multiple) for d in (1, 2))
     # Channels last in memory, as the decoder leaves a picture and as convolutions like it: no copy turns it on the way.
     frames = torch.zeros(B, T, H, W, 3, dtype=torch.uint8).movedim(-1, 2)
     batch = {"frames": frames, "padding": torch.ones(B, T, H, W, dtype=torch.bool),
@@ -663,10 +644,10 @@ def collate_detection(items, multiple=16):
             batch["position"][b, t] = item["position"][t]
             if image is None:
                 continue
-            batch["frames"][b, t, :, :image.shape[1], :image.shape[2]] = image
-            batch["padding"][b, t, :image.shape[1], :image.shape[2]] = False
+            (_, h, w), n = image.shape, len(item["labels"][t])
+            batch["frames"][b, t, :, :h, :w] = image
+            batch["padding"][b, t, :h, :w] = False
             batch["valid"][b, t] = True
-            n = len(item["labels"][t])
             batch["boxes_cxcywh"][b, t, :n] = item["boxes_cxcywh"][t]
             batch["labels"][b, t, :n] = item["labels"][t]
             batch["size"][b, t] = torch.tensor(item["size"][t])
@@ -690,8 +671,10 @@ def to_float(pixels, statistics, padding=None):
 
 
 def true_boxes(lives):
-    """The annotated boxes in the form of predicted ones (see eval.seen_through): the first box of each frame. Frames
-    without one are left out, so that a clip is seen through the frames that show its product."""
+    """The annotated boxes in the form of predicted ones (see eval.seen_through): the first box of each frame.
+
+    Frames without one are left out, so that a clip is seen through the frames that show its product.
+    """
     start, position, boxes = [0], [], []
     for c in range(len(lives)):
         clip = lives.clip(c) if lives.split != "train" else lives.clip_or_none(c)
@@ -700,7 +683,8 @@ def true_boxes(lives):
                 position.append(t)
                 boxes.append([*rows[0, :4], 1.0, rows[0, 4]])
         start.append(len(position))
-    return {"start": np.array(start), "position": np.array(position, int), "box": np.array(boxes, np.float32).reshape(-1, 6)}
+    return {"start": np.array(start), "position": np.array(position, int),
+            "box": np.array(boxes, np.float32).reshape(-1, 6)}
 
 
 def square_view(image, box_xyxy, side, margin=1.15):
@@ -714,22 +698,21 @@ def square_view(image, box_xyxy, side, margin=1.15):
 class PairSet(Dataset):
     """Clips with their shop image and texts, as RICE sees them.
 
+        frames uint8 [T,3,S,S]     valid [T], False where a short clip is filled up     keep [T,P] bool     asr [N]
+        title [N]     and in training: image uint8 [3,S,S]     product  the image's id as a number, -1 in an empty item
     boxes: {"start" [clips+1], "position" [F], "box" [F,6]} = the boxes (x1 y1 x2 y2 in pixels; the rest is not read) of
-    clip c at rows start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" the whole frame and
-    which patches the box touches, "box" the square around the box. text: what is read, "asr", "title", "both" or "none" (the
-    rest is empty). augment=False: training pictures as in evaluation. Training draws `frames` of the clip's frames,
-    evaluation takes `frames` at even intervals. An item is asked for by (epoch, i) and holds
-        frames uint8 [T,3,S,S]   keep [T,P] bool   valid [T]  False where a short clip is filled up   asr [N]   title [N]
-        clip  its number in the split     bad  what could not be read     and in training:
-        image uint8 [3,S,S]   product  the image's id as a number
-    A training item of which anything cannot be read is empty and its product -1; in evaluation the frame is left out.
+    clip c at rows start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" the whole frame
+    and which patches the box touches, "box" the square around the box. text: what is read, "asr", "title", "both" or
+    "none". Training draws `frames` of the clip's frames; evaluation takes `frames` at even intervals and leaves out what
+    cannot be read. augment=False: training pictures as in evaluation.
     """
 
     def __init__(self, lives, tokenizer, frames, size, grid, view, boxes, train, seed=0, text="both", augment=True):
         if boxes is None and view != "frame":
             raise BadInput(f"--view {view} needs boxes; without a detector use --view frame")
         self.lives, self.tokenizer, self.frames, self.size, self.grid = lives, tokenizer, frames, size, grid
-        self.view, self.boxes, self.train, self.seed, self.text, self.augment = view, boxes, train, seed, text, train and augment
+        self.view, self.boxes, self.train, self.seed, self.text = view, boxes, train, seed, text
+        self.augment = train and augment
         self.clips = np.flatnonzero(lives.product >= 0) if train else np.arange(len(lives))
         if train and not len(self.clips):
             raise BadInput(f"{lives.root}: no training clip names a shop image, so RICE cannot be trained on it")
@@ -774,34 +757,34 @@ class PairSet(Dataset):
                     raise
                 bad = str(error)
                 continue
-            stretch = np.tile(np.array(image.shape[:0:-1]) / size, 2)                # from the boxes' pixels to the picture's
-            edges = np.tile(image.shape[:0:-1], 2)                                    # what sticks out of the picture goes
-            box = (self.boxes["box"][rows[j], :4] * stretch).clip(0, edges) if len(rows) else (0, 0, image.shape[2], image.shape[1])
+            edges = np.tile(image.shape[:0:-1], 2)                                    # w, h, w, h of the picture
+            box = edges * (0, 0, 1, 1)
+            if len(rows):                       # from the boxes' pixels to the picture's; what sticks out of it goes
+                box = (self.boxes["box"][rows[j], :4] * (edges / np.tile(size, 2))).clip(0, edges)
             view, kept = self._view(image, box, rng)
             views.append(self._augment(view, rng))
             keep.append(kept)
         item = self._filled(views, keep, c, clip.asr, clip.title, bad)
         if self.train:
-            image = self.lives.read("images", clip.image_ids[0])
-            item["image"] = self._augment(TF.resize(image, (self.size, self.size), antialias=True), rng)
-            item["product"] = int(self.lives.product[c])
+            shop = TF.resize(self.lives.image(clip.image_ids[0]), (self.size, self.size), antialias=True)
+            item |= {"image": self._augment(shop, rng), "product": int(self.lives.product[c])}
         return item
 
     def _view(self, image, box, rng):
         """One frame through its box: uint8 [3,S,S] and which of the P patches the box touches [P]."""
-        height, width = image.shape[1:]
         if self.view == "box":
-            shift = rng.uniform(-0.06, 0.06, 2) * (box[2] - box[0], box[3] - box[1]) if self.augment else (0, 0)
-            moved = (box[0] + shift[0], box[1] + shift[1], box[2] + shift[0], box[3] + shift[1])
-            return square_view(image, moved, self.size), torch.ones(self.grid * self.grid, dtype=torch.bool)
+            shift = rng.uniform(-0.06, 0.06, 2) * (box[2:] - box[:2]) if self.augment else (0, 0)
+            return square_view(image, box + np.tile(shift, 2), self.size), torch.ones(self.grid ** 2, dtype=torch.bool)
+        height, width = image.shape[1:]
         edges = torch.arange(self.grid + 1) / self.grid
         touch_x = (edges[:-1] < box[2] / width) & (edges[1:] > box[0] / width)                     # [grid]
         touch_y = (edges[:-1] < box[3] / height) & (edges[1:] > box[1] / height)                   # [grid]
         kept = (touch_y[:, None] & touch_x[None, :]).flatten()                                     # [P]
-        whole = TF.resize(image, (self.size, self.size), antialias=True)
-        return whole, kept if self.view == "mask" and kept.any() else torch.ones_like(kept)
+        view = TF.resize(image, (self.size, self.size), antialias=True)
+        return view, kept if self.view == "mask" and kept.any() else torch.ones_like(kept)
 
     def _augment(self, view, rng):
+        """Half of the pictures mirrored, all a little brighter or darker and in another light: uint8 [3,S,S]."""
         if not self.augment:
             return view
         if rng.random() < 0.5:
@@ -811,7 +794,7 @@ class PairSet(Dataset):
 
 
 class ImageSet(Dataset):
-    """Shop images `ids`: image uint8 [3,S,S], title [N], bad: what could not be read ("": nothing).
+    """Shop images `ids`: image uint8 [3,S,S], black where it cannot be read; title [N].
 
     read: id -> uint8 [3,H,W] or BadInput. titles: id -> text. text: what is read, as in PairSet.
     """
@@ -864,36 +847,29 @@ class StepSampler:
 
     def __init__(self, order, batch, steps, start=0, seed=0, rank=0, world=1):
         self.order, self.batch, self.steps, self.start, self.seed = order, batch, steps, start, seed
-        self.rank, self.world = rank, world
+        self.rank, self.share = rank, batch // world
 
     def __len__(self):
         return self.steps - self.start
 
     def __iter__(self):
-        share = self.batch // self.world
-        epoch, done, order = 0, 0, self.order(np.random.default_rng((self.seed, 0)))
+        epoch, order = 0, self.order(np.random.default_rng((self.seed, 0)))
         for step in range(self.start, self.steps):
-            mine = []
-            for place in range(step * self.batch + self.rank * share, step * self.batch + (self.rank + 1) * share):
-                while place - done >= len(order):
-                    done, epoch = done + len(order), epoch + 1
+            mine, first = [], step * self.batch + self.rank * self.share
+            for place in range(first, first + self.share):
+                if place // len(order) != epoch:
+                    epoch = place // len(order)
                     order = self.order(np.random.default_rng((self.seed, epoch)))
-                mine.append((epoch, int(order[place - done])))
+                mine.append((epoch, int(order[place % len(order)])))
             yield mine
 
 
-class ShardSampler:
+class ShardSampler(list):
     """Evaluation: each of `numbers` once over all processes, no padding and nothing left out, `batch` at a time."""
 
     def __init__(self, numbers, batch, rank=0, world=1):
         mine = numbers[rank::world]
-        self.batches = [[(0, i) for i in mine[k:k + batch]] for k in range(0, len(mine), batch)]
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches)
+        super().__init__([(0, i) for i in mine[k:k + batch]] for k in range(0, len(mine), batch))
 
 
 # ------------------------------------------------------------------ rendered livestreams
