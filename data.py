@@ -38,6 +38,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -49,7 +50,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from array import array
+from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -462,9 +463,9 @@ _real = functools.cache(os.path.realpath)
 
 
 def inside(path, folder):
-    """`path` itself; BadInput when a link leads it out of the folder, which may be a link."""
-    if not os.path.realpath(path).startswith(os.path.join(_real(folder), "")):
-        raise BadInput(f"{path}: a link that leads out of {folder}")
+    """`path` itself; BadInput when it, or a link on its way, leads out of the folder, which may be a link."""
+    if "\0" in str(path) or not os.path.realpath(path).startswith(os.path.join(_real(folder), "")):
+        raise BadInput(f"{path}: a path or a link that leads out of the folder {folder}".replace("\0", "?"))
     return path
 
 
@@ -872,31 +873,31 @@ class ShardSampler(list):
         super().__init__([(0, i) for i in mine[k:k + batch]] for k in range(0, len(mine), batch))
 
 
-# ------------------------------------------------------------------ rendered livestreams
+# ------------------------------------------------------------------ a room of its own: rendered livestreams
 #
 # A live: a salesperson before a shelf of products of the same shop. A clip is about one intended product. Each frame is
 # staged in one of six kinds. In "two held", "lifted" (another product in the hand, the intended one on the table) and
 # "table" frames one picture cannot tell which product is meant; the other products change from frame to frame and the
-# intended one stays, so time tells. In a "pair" clip the same two products are held all the time: only the words can tell.
+# intended one stays, so time tells. In a "pair" clip the same two products are held all the time: only words can tell.
 # Decoys are drawn from all products of the live, those of the intended product's own category included, and in SIMILAR
-# clips only from these: a vote on the category tells nothing there. Everything that could tell the intended product from
-# a decoy (side, size, order of drawing) is drawn from one law for both, so that nothing but time and words gives it away.
+# clips only from these: a vote on the category tells nothing there. All that could tell the intended product from a
+# decoy (side, size, order of drawing) is drawn from one law for both, so that only time and words give it away.
 
 KINDS = {           # share of the frames that show the product, by the number of products in the live's picture
     "few": {"held": 0.40, "two held": 0.22, "lifted": 0.06, "table": 0.16, "occluded": 0.16},
     "medium": {"held": 0.31, "two held": 0.27, "lifted": 0.10, "table": 0.20, "occluded": 0.12},
     "abundant": {"held": 0.22, "two held": 0.32, "lifted": 0.14, "table": 0.24, "occluded": 0.08}}
 SHOWN = (*KINDS["few"], "pair")
-ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}     # frames of 8 that do not show it, handed out of sight -> share of clips
-CLEAR = {"short": 1, "medium": 2, "long": 2}       # frames at least in which it is held alone, by visible duration
-INSTEAD = 0.4         # share of the frames without it in which another product is lifted
-SIMILAR = 0.25        # share of clips whose decoys are all of the product's own category: similar things shown together
-PAIR = 0.15           # share of clips with two products in view all the time; their ASR names category and colour
-SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}     # of the frame's side; a third of clips each
-SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                      # products behind; a third of clips each
-LOOKALIKE = 0.3       # share of products that copy another of their live but for one detail (logo, or pattern)
-BLUR = 0.15           # share of frames with motion blur
-WRONG_WORDS = 0.10    # share of ASR words misheard (the paper measured 90.16 % right)
+ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}   # frames of 8 that do not show it, out of sight -> share of clips
+CLEAR = {"short": 1, "medium": 2, "long": 2}    # frames at least in which it is held alone, by visible duration
+INSTEAD = 0.4           # share of the frames without it in which another product is lifted
+SIMILAR = 0.25          # share of clips whose decoys are all of the product's own category: similar things shown together
+PAIR = 0.15             # share of clips with two products in view all the time; their ASR names category and colour
+SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}   # of the frame's side; a third each
+SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                    # products behind; a third each
+LOOKALIKE = 0.3         # share of products that copy another of their live but for one detail (logo, or pattern)
+BLUR = 0.15             # share of frames with motion blur
+WRONG_WORDS = 0.10      # share of ASR words misheard (the paper measured 90.16 % right)
 QUICKSTART = ("trousers", "hat", "sneaker", "handbag", "suitcase", "bottle", "umbrella", "plate")
 
 # A category is drawn from a few shapes in percent of a square: E ellipse, R rounded box, P polygon, C pie, L line and
@@ -943,33 +944,29 @@ LOGOS = {"": "", "star": "P0 50 0 62 38 100 38 70 60 80 98 50 74 20 98 30 60 0 3
 HUES = ("red", "orange", "yellow", "lime", "green", "teal", "blue", "violet", "purple", "pink")
 CHATTER = ("hello everybody welcome to my live|look at this|it feels so good|the price today is crazy|just for you|"
            "please follow the channel|only a few left|I use it every day myself|my mother loves it|order now and save|"
-           "link number five below|how are you all tonight|we ship tomorrow|let me show you again|see the quality").split("|")
+           "link number five below|how are you all tonight|we ship tomorrow|let me show you again|see the quality"
+           ).split("|")
 
 
 def _colour(hue, saturation, value):
-    return tuple(int(255 * c) for c in (lambda k: [value - value * saturation * max(0, min(1, x, 4 - x))
-                 for x in ((n + hue * 6) % 6 for n in (5, 3, 1))])(0))
+    """Hue, saturation and value in 0..1 -> (red, green, blue) in 0..255."""
+    away = [(n + hue * 6) % 6 for n in (5, 3, 1)]
+    return tuple(int(255 * (value - value * saturation * max(0, min(1, x, 4 - x)))) for x in away)
 
 
 def _shapes(code, side):
     """The masks of a drawing, in order: (colour number, L picture)."""
     for shape in filter(None, code.split("|")):
-        kind, slot, *numbers = shape[0], int(shape[1]), *(int(n) for n in shape[2:].split())
-        mask = Image.new("L", (side, side))
-        draw, xy = ImageDraw.Draw(mask), [n * side / 100 for n in numbers]
-        if kind == "E":
-            draw.ellipse(xy, fill=255)
-        elif kind == "R":
-            draw.rounded_rectangle(xy, side * 0.05, fill=255)
-        elif kind == "P":
-            draw.polygon(xy, fill=255)
-        elif kind == "C":
-            draw.pieslice(xy[:4], numbers[4], numbers[5], fill=255)
-        elif kind == "L":
-            draw.line(xy[:4], fill=255, width=round(xy[4]))
-        elif kind == "A":
-            draw.arc(xy[:4], numbers[4], numbers[5], fill=255, width=round(xy[6]))
-        yield slot, mask
+        numbers = [int(n) for n in shape[2:].split()]
+        mask, xy = Image.new("L", (side, side)), [n * side / 100 for n in numbers]
+        draw = ImageDraw.Draw(mask)
+        {"E": lambda: draw.ellipse(xy, 255),
+         "R": lambda: draw.rounded_rectangle(xy, side * 0.05, 255),
+         "P": lambda: draw.polygon(xy, 255),
+         "C": lambda: draw.pieslice(xy[:4], *numbers[4:], 255),
+         "L": lambda: draw.line(xy[:4], 255, round(xy[4])),
+         "A": lambda: draw.arc(xy[:4], *numbers[4:6], 255, round(xy[6]))}[shape[0]]()
+        yield int(shape[1]), mask
 
 
 def _pattern(name, base, second, side):
@@ -983,15 +980,36 @@ def _pattern(name, base, second, side):
 
 def _product(rng, category):
     return {"category": category, "hue": int(rng.integers(len(HUES))), "shade": rng.uniform(0.65, 1, 2).tolist(),
-            "drift": rng.uniform(-0.03, 0.03), "second": rng.random(), "pattern": str(rng.choice(PATTERNS, p=[.4] + [.12] * 5)),
-            "pattern_hue": rng.random(), "logo": str(rng.choice(list(LOGOS))), "aspect": rng.uniform(0.85, 1.18)}
+            "drift": rng.uniform(-0.03, 0.03), "second": rng.random(),
+            "pattern": str(rng.choice(PATTERNS, p=[0.4] + [0.12] * 5)), "pattern_hue": rng.random(),
+            "logo": str(rng.choice(list(LOGOS))), "aspect": rng.uniform(0.85, 1.18)}
 
 
 def _lookalike(rng, product):
     """The same product but for one detail."""
-    twin, detail = dict(product), str(rng.choice(["logo", "pattern"]))
-    twin[detail] = str(rng.choice([v for v in (LOGOS if detail == "logo" else PATTERNS) if v != product[detail]]))
-    return twin
+    detail = str(rng.choice(["logo", "pattern"]))
+    others = [value for value in (LOGOS if detail == "logo" else PATTERNS) if value != product[detail]]
+    return product | {detail: str(rng.choice(others))}
+
+
+def _products(rng, categories, count, decoys):
+    """The products of a live, no two alike, and the number of the first of those that each is a copy of or copied by."""
+    names = [*QUICKSTART, *(name for name in CATEGORIES if name not in QUICKSTART)][:categories]
+    if decoys == "same":                              # few categories in equal parts, so that each has decoys
+        names = [str(name) for name in rng.permutation(names)[:max(1, min(4, count // 4))]]
+        of = [names[p % len(names)] for p in range(count)]
+    else:
+        long_tail = np.arange(1, len(names) + 1) ** -0.5
+        of = [str(name) for name in rng.choice(names, count, p=long_tail / long_tail.sum())]
+    products, family = [], list(range(count))
+    for p, category in enumerate(of):
+        product, before = _product(rng, category), [other for other in range(p) if of[other] == category]
+        if before and rng.random() < LOOKALIKE:
+            while family[p] == p or product in products:                     # two copies may have changed alike
+                like = int(rng.choice(before))
+                product, family[p] = _lookalike(rng, products[like]), family[like]
+        products.append(product)
+    return products, family
 
 
 def _sprite(product, side=192):
@@ -1001,9 +1019,8 @@ def _sprite(product, side=192):
              _colour(product["second"], 0.7, 0.75), (52, 48, 52)]
     sprite, body = Image.new("RGBA", (side, side)), Image.new("L", (side, side))
     for slot, mask in _shapes(CATEGORIES[product["category"]], side):
-        fill = Image.new("RGB", (side, side), fills[slot]) if slot else fills[0]
-        sprite.paste(fill, mask=mask)
-        body.paste(255 if slot == 0 else 0, mask=mask)
+        sprite.paste(Image.new("RGB", (side, side), fills[slot]) if slot else fills[0], mask=mask)
+        body.paste(0 if slot else 255, mask=mask)
     if product["logo"]:                                            # where the main colour leaves most room
         room = np.asarray(body.filter(ImageFilter.BoxBlur(side // 9)))
         y, x = np.unravel_index(int(room.argmax()), room.shape)
@@ -1015,25 +1032,24 @@ def _sprite(product, side=192):
 
 
 def _title(rng, product):
-    words = [str(rng.choice(["new", "original", "classic", "hot", "premium"])), HUES[product["hue"]],
-             product["pattern"] if product["pattern"] != "plain" else "", product["category"],
-             f"with {product['logo']}" if product["logo"] else "", str(rng.choice(["free shipping", "sale", "2026", "gift"]))]
-    return " ".join(w for w in words if w)
+    words = [rng.choice(["new", "original", "classic", "hot", "premium"]), HUES[product["hue"]],
+             product["pattern"].replace("plain", ""), product["category"],
+             product["logo"] and f"with {product['logo']}", rng.choice(["free shipping", "sale", "2026", "gift"])]
+    return " ".join(filter(None, words))
 
 
 def _asr(rng, product, pair):
     """What the salesperson says, as a machine heard it: chatter, now and then the product, one word in ten wrong."""
-    said = [str(s) for s in rng.choice(CHATTER, 3, replace=False)]
+    said = [str(text) for text in rng.choice(CHATTER, 3, replace=False)]
     name = [HUES[product["hue"]]] * (pair or rng.random() < 0.5) + [product["pattern"]] * (rng.random() < 0.3)
     name += [product["category"]] * (pair or rng.random() < 0.6)
     said.insert(int(rng.integers(4)), " ".join(name))
-    words = " ".join(said).split()
     any_word = [*HUES, *CATEGORIES, *" ".join(CHATTER).split()]
-    return " ".join(str(rng.choice(any_word)) if rng.random() < WRONG_WORDS else word for word in words)
+    return " ".join(str(rng.choice(any_word)) if rng.random() < WRONG_WORDS else word for word in " ".join(said).split())
 
 
 def _place(canvas, sprite, rng, x, y, size, tilt=20):
-    """Paste a product with its centre at (x, y), its longer side `size` pixels; returns its box, hands not counted."""
+    """Paste a product with its centre at (x, y), its longer side `size` pixels -> its box, hands not counted."""
     scale = size / max(sprite.size)
     squeeze = rng.uniform(0.88, 1.0)
     view = sprite.resize((max(3, round(sprite.width * scale * squeeze)), max(3, round(sprite.height * scale))))
@@ -1044,13 +1060,14 @@ def _place(canvas, sprite, rng, x, y, size, tilt=20):
     return [max(0, left + x1), max(0, top + y1), min(canvas.width, left + x2), min(canvas.height, top + y2)]
 
 
-def _backdrop(rng, sprites, stock, side, shelf):
-    """Wall, shelf and table behind one clip, larger than a frame so that the camera can move; any product may stand there."""
+def _backdrop(rng, sprites, stock, side, crowd):
+    """Wall, table and a shelf of products of `stock` behind a clip, larger than a frame so that the camera can move."""
+    shelf = min(len(stock), int(rng.integers(SHELF[crowd][0], SHELF[crowd][1] + 1)))
     big = round(side * 1.15)
-    wall, table = _colour(rng.random(), 0.2, rng.uniform(0.5, 0.95)), _colour(rng.random(), 0.25, rng.uniform(0.35, 0.8))
-    scene = Image.new("RGB", (big, big), wall)
+    wall = _colour(rng.random(), 0.2, rng.uniform(0.5, 0.95))
+    table = _colour(rng.random(), 0.25, rng.uniform(0.35, 0.8))
+    scene, board = Image.new("RGB", (big, big), wall), big * 0.24
     draw = ImageDraw.Draw(scene)
-    board = big * 0.24
     draw.rectangle([0, board, big, board + big * 0.02], fill=tuple(c // 2 for c in wall))
     for n, other in enumerate(rng.choice(stock, shelf, replace=False) if shelf else []):
         size = big * rng.uniform(0.12, 0.17)
@@ -1060,42 +1077,50 @@ def _backdrop(rng, sprites, stock, side, shelf):
     return scene
 
 
-def _frame(rng, scene, sprites, product, others, companion, kind, size, look, side):
-    """One frame of a clip: RGB picture and the intended product's box (None when it is absent)."""
-    pan = rng.integers(0, scene.width - side + 1, 2)
-    frame = scene.crop((int(pan[0]), int(pan[1]), int(pan[0]) + side, int(pan[1]) + side))
-    draw, u = ImageDraw.Draw(frame), side / 100
-    lean = rng.uniform(-6, 6) * u
-    skin, shirt, hair = look
-    middle = 50 * u + lean
-    draw.rounded_rectangle([middle - 20 * u, 44 * u, middle + 20 * u, 104 * u], 9 * u, fill=shirt)
-    draw.rectangle([middle - 4 * u, 36 * u, middle + 4 * u, 47 * u], fill=skin)
-    draw.ellipse([middle - 11 * u, 12 * u, middle + 11 * u, 42 * u], fill=hair)
-    draw.ellipse([middle - 9 * u, 17 * u, middle + 9 * u, 41 * u], fill=skin)
-    hands = [[middle + sign * rng.uniform(18, 30) * u, rng.uniform(50, 68) * u] for sign in (-1, 1)]
+def _salesperson(rng, draw, unit, skin, shirt, hair):
+    """Draw who sells -> where the two hands are, in pixels. unit: a hundredth of the frame's side."""
+    lean = rng.uniform(-6, 6) * unit
+    middle = 50 * unit + lean
+    draw.rounded_rectangle([middle - 20 * unit, 44 * unit, middle + 20 * unit, 104 * unit], 9 * unit, fill=shirt)
+    draw.rectangle([middle - 4 * unit, 36 * unit, middle + 4 * unit, 47 * unit], fill=skin)
+    draw.ellipse([middle - 11 * unit, 12 * unit, middle + 11 * unit, 42 * unit], fill=hair)
+    draw.ellipse([middle - 9 * unit, 17 * unit, middle + 9 * unit, 41 * unit], fill=skin)
+    hands = [[middle + sign * rng.uniform(18, 30) * unit, rng.uniform(50, 68) * unit] for sign in (-1, 1)]
     for sign, hand in zip((-1, 1), hands):
-        elbow = [middle + sign * 27 * u, 72 * u]
-        draw.line([middle + sign * 16 * u, 50 * u, *elbow], fill=shirt, width=round(9 * u))
-        draw.line([*elbow, *hand], fill=skin, width=round(6 * u))
+        elbow = [middle + sign * 27 * unit, 72 * unit]
+        draw.line([middle + sign * 16 * unit, 50 * unit, *elbow], fill=shirt, width=round(9 * unit))
+        draw.line([*elbow, *hand], fill=skin, width=round(6 * unit))
+    return hands
+
+
+def _staged(rng, kind, product, others, companion):
+    """What is in the hands and what lies on the table in a frame of a kind: two lists of products."""
     lifted = kind == "lifted" or kind == "absent" and rng.random() < INSTEAD
     in_hands = {"held": [product], "occluded": [product], "two held": [product, rng.choice(others)],
                 "pair": [product, companion]}.get(kind, [rng.choice(others)] if lifted else [])
     on_table = []
     if kind in ("lifted", "table") or kind == "absent" and rng.random() < 0.5:
-        on_table = list(rng.choice(others, int(rng.integers(2, 4)), replace=False)) + [product] * (kind != "absent")
-    box = None
+        on_table = [*rng.choice(others, int(rng.integers(2, 4)), replace=False)] + [product] * (kind != "absent")
+    return in_hands, on_table
+
+
+def _frame(rng, scene, sprites, product, others, companion, kind, size, look, side):
+    """One frame of a clip: RGB picture and the intended product's box (None when it is absent)."""
+    left, top = (int(edge) for edge in rng.integers(0, scene.width - side + 1, 2))
+    frame = scene.crop((left, top, left + side, top + side))
+    draw, unit, skin, boxes = ImageDraw.Draw(frame), side / 100, look[0], {}
+    hands = _salesperson(rng, draw, unit, *look)
+    in_hands, on_table = _staged(rng, kind, product, others, companion)
     for which, place in zip(rng.permutation(on_table).astype(int), rng.permutation(len(on_table))):
         x = side * (place + 0.5 + rng.uniform(-0.08, 0.08)) / len(on_table)
         y, small = side * rng.uniform(0.80, 0.86), side * min(size, 0.30) * rng.uniform(0.8, 0.95)
-        drawn = _place(frame, sprites[which], rng, x, y, small, tilt=12)
-        box = drawn if which == product else box
-    for which, hand in zip(rng.permutation(in_hands).astype(int), rng.permutation(hands)):     # which hand tells nothing
+        boxes[which] = _place(frame, sprites[which], rng, x, y, small, tilt=12)
+    for which, (x, y) in zip(rng.permutation(in_hands).astype(int), rng.permutation(hands)):  # which hand tells nothing
         amount = size * rng.uniform(0.92, 1.08)
-        drawn = _place(frame, sprites[which], rng, hand[0], hand[1] - 0.12 * amount * side, amount * side)
-        for finger in range(3):
-            fx, fy = hand[0] + (finger - 1) * 4 * u, hand[1] + 4 * u
-            draw.ellipse([fx - 2.2 * u, fy - 4 * u, fx + 2.2 * u, fy + 4 * u], fill=skin)
-        box = drawn if which == product else box
+        boxes[which] = _place(frame, sprites[which], rng, x, y - 0.12 * amount * side, amount * side)
+        for finger in (x - 4 * unit, x, x + 4 * unit):
+            draw.ellipse([finger - 2.2 * unit, y, finger + 2.2 * unit, y + 8 * unit], fill=skin)
+    box = boxes.get(product)
     if kind == "occluded":                                              # a palm over a third to a half of the product
         x, y = rng.uniform(box[0], box[2]), rng.uniform(box[1], box[3])
         reach = size * side * rng.uniform(0.22, 0.3)
@@ -1114,231 +1139,181 @@ def _kinds(rng, frames, crowd, pair):
     absent = min(frames - 2, round(rng.choice(list(ABSENT), p=list(ABSENT.values())) * frames / 8))
     clear = CLEAR[_duration(1 - absent / frames)]
     drawn = rng.choice(list(KINDS[crowd]), frames - absent - clear, p=list(KINDS[crowd].values()))
-    shown = ["pair"] * (frames - absent) if pair else ["held"] * clear + [str(k) for k in drawn]
-    return [str(k) for k in rng.permutation(shown + ["absent"] * absent)]
+    shown = ["pair"] * (frames - absent) if pair else ["held"] * clear + [*drawn]
+    return [str(kind) for kind in rng.permutation(shown + ["absent"] * absent)]
 
 
 def _duration(visible):
     return "short" if visible < 0.7 else "medium" if visible < 1 else "long"
 
 
+def _others(rng, product, products, decoys):
+    """The products that may be in view with one, and the companion of a "pair" clip, None in other clips."""
+    others = [other for other in range(len(products)) if other != product]
+    alike, unlike = ([o for o in others if (products[o]["category"] == products[product]["category"]) == same]
+                     for same in (True, False))
+    pair = decoys == "natural" and bool(unlike) and rng.random() < PAIR
+    if decoys == "same" or len(alike) >= 3 and not pair and rng.random() < SIMILAR:
+        others = alike
+    return others, int(rng.choice(unlike)) if pair else None
+
+
 def _render_live(job):
-    """Render one live into the folder; returns its rows (dicts). A function of (seed, split, number) alone."""
+    """Render one live into the folder -> its split, its id, its clips (dicts), {image id: title of its products}.
+
+    A function of (seed, split, number) alone. The first 11 entries of a clip are the columns of a training row.
+    """
     root, split, number, options = job
-    side, frames = options["size"], options["frames"]
+    side, frames, decoys = options["size"], options["frames"], options["decoys"]
     rng = np.random.default_rng((options["seed"], ("train", "val", "test").index(split), number))
-    names = list(QUICKSTART) + [c for c in CATEGORIES if c not in QUICKSTART]
-    names = names[:options["categories"]]
     count = options["products"] if split == "train" else options["gallery"]
-    long_tail = np.arange(1, len(names) + 1) ** -0.5
-    if options["decoys"] == "same":                               # few categories in equal parts, so that each has decoys
-        names = [str(c) for c in rng.permutation(names)[:max(1, min(4, count // 4))]]
-        of = [names[p % len(names)] for p in range(count)]
-    else:
-        of = [str(c) for c in rng.choice(names, count, p=long_tail / long_tail.sum())]
-    products, family = [], list(range(count))
-    for p, category in enumerate(of):
-        product, before = _product(rng, category), [o for o in range(p) if of[o] == category]
-        if before and rng.random() < LOOKALIKE:
-            while family[p] == p or product in products:                     # two copies may have changed alike
-                like = int(rng.choice(before))
-                product, family[p] = _lookalike(rng, products[like]), family[like]
-        products.append(product)
-    sprites = [_sprite(p) for p in products]
-    live = "-".join(f"{int(v):0{w}x}" for v, w in zip(rng.integers(0, [2 ** 32, 2 ** 16, 2 ** 16, 2 ** 16]), (8, 4, 4, 4)))
-    rows, image_ids, titles = [], [], []
-    for p, sprite in zip(products, sprites):
-        image_ids.append(f"{int(rng.integers(10 ** 12)):012d}")
-        titles.append(_title(rng, p))
+    products, family = _products(rng, options["categories"], count, decoys)
+    sprites = [_sprite(product) for product in products]
+    parts = rng.integers(0, [2 ** 32, 2 ** 16, 2 ** 16, 2 ** 16])
+    live, clips, titles = "-".join(f"{int(v):0{w}x}" for v, w in zip(parts, (8, 4, 4, 4))), [], {}
+    for product, sprite in zip(products, sprites):
+        image_id = f"{int(rng.integers(10 ** 12)):012d}"
+        titles[image_id] = _title(rng, product)
         picture = Image.new("RGB", (side, side), (rng.integers(235, 256),) * 3)
         _place(picture, sprite, rng, side / 2, side / 2, side * rng.uniform(0.78, 0.9), tilt=3)
-        picture.save(root / "images" / f"{image_ids[-1]}.jpg", quality=90)
+        picture.save(root / "images" / f"{image_id}.jpg", quality=90)
     again = max(0, options["clips"] - count) if split == "train" else 0          # some products are shown a second time
     chosen = [*rng.permutation(count), *rng.integers(0, count, again)]
     skin = _colour(0.07, rng.uniform(0.25, 0.6), rng.uniform(0.5, 0.95))
     shirt = _colour(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.3, 0.9))
     look = skin, shirt, _colour(0.08, 0.5, rng.uniform(0.1, 0.5))
-    start = 1667916000000 + number * 86400000
-    for product in chosen:
-        product = int(product)
-        name = products[product]["category"]
-        others = [o for o in range(count) if o != product]
-        alike, unlike = ([o for o in others if (products[o]["category"] == name) == same] for same in (True, False))
-        pair = options["decoys"] == "natural" and bool(unlike) and rng.random() < PAIR
-        if options["decoys"] == "same" or len(alike) >= 3 and not pair and rng.random() < SIMILAR:
-            others = alike
-        companion = int(rng.choice(unlike)) if pair else None
+    for n, product in enumerate(map(int, chosen)):
+        others, companion = _others(rng, product, products, decoys)
         scale, crowd = str(rng.choice(list(SIZES))), str(rng.choice(list(SHELF)))
-        low, high = SHELF[crowd]
-        stock = [product, *others]
-        scene = _backdrop(rng, sprites, stock, side, min(len(stock), int(rng.integers(low, high + 1))))
-        size, kinds = rng.uniform(*SIZES[scale]), _kinds(rng, frames, crowd, pair)
+        scene = _backdrop(rng, sprites, [product, *others], side, crowd)
+        size, kinds = rng.uniform(*SIZES[scale]), _kinds(rng, frames, crowd, companion is not None)
+        asr = _asr(rng, products[product], companion is not None)
+        start = 1667916000000 + number * 86400000 + n * (frames * 1000 + 30000)
         video_id = f"{live}-{start}-{start + frames * 1000}"
-        start += frames * 1000 + 30000
-        cases = ["two in view"] * pair + ["near-identical"] * (family.count(family[product]) > 1)
-        row = {"video_id": video_id, "frame_ids": [f"{video_id}-{t:04d}" for t in range(frames)], "boxes": [], "kinds": kinds,
-               "image_id": image_ids[product], "title": titles[product], "category": list(CATEGORIES).index(name), "name": name,
-               "asr": _asr(rng, products[product], pair), "scale": scale, "number": crowd, "cases": cases}
-        for frame_id, kind in zip(row["frame_ids"], kinds):
+        frame_ids, boxes = [f"{video_id}-{t:04d}" for t in range(frames)], []
+        for frame_id, kind in zip(frame_ids, kinds):
             picture, box = _frame(rng, scene, sprites, product, others, companion, kind, size, look, side)
             picture.save(root / "frames" / f"{frame_id}.jpg", quality=85)
-            row["boxes"].append(box or [])
-        row["duration"] = _duration(sum(bool(b) for b in row["boxes"]) / frames)
-        rows.append(row)
-    return split, live, rows, image_ids, titles
+            boxes.append(box or [])
+        name, image_id = products[product]["category"], list(titles)[product]
+        clips.append({
+            "video_id": video_id, "frame_ids": frame_ids, "boxes": boxes, "image_id": image_id, "title": titles[image_id],
+            "category": list(CATEGORIES).index(name), "name": name, "asr": asr, "scale": scale,
+            "duration": _duration(sum(map(bool, boxes)) / frames), "number": crowd, "kinds": kinds,
+            "two in view": companion is not None, "near-identical": family.count(family[product]) > 1})
+    return split, live, clips, titles
 
 
-LIVESTREAMS = {"runs/livestreams": {}, "runs/livestreams-small": {
-    "lives": 80, "test_lives": 20, "products": 25, "clips": 150, "gallery": 100, "frames": 10, "size": 160, "categories": 34}}
+LIVESTREAMS = {"runs/livestreams": {}, "runs/livestreams-small": {                     # what train.py renders by itself
+    "lives": 80, "test_lives": 20, "products": 25, "clips": 150, "gallery": 100, "frames": 10, "size": 160,
+    "categories": 34}}
+NUMBERS = {                # of a rendering: default, least, most, meaning
+    "seed": (0, 0, 2 ** 63, "the same seed gives the same files"),
+    "lives": (72, 1, 1_000_000, "training lives"),
+    "val_lives": (4, 0, 1_000_000, "validation lives"),
+    "test_lives": (10, 0, 1_000_000, "test lives"),
+    "products": (24, 4, 1_000_000, "products of a training live"),
+    "clips": (28, 1, 1_000_000, "clips of a training live, at least one for each product"),
+    "gallery": (50, 4, 1_000_000, "products (and clips) of a val or test live"),
+    "frames": (8, 4, 9999, "frames of a clip, one a second"),
+    "size": (96, 32, 4096, "side of a frame in pixels"),
+    "categories": (8, 1, 34, f"how many of the 34 categories; the first 8 are {', '.join(QUICKSTART)}")}
 
 
-def render(root, seed=0, lives=72, val_lives=4, test_lives=10, products=24, clips=28, gallery=50, frames=8, size=96,
-           categories=len(QUICKSTART), decoys="natural", processes=None, progress=True):
-    """Render livestreams into `root` (LPR4M's layout), deterministic in the seed whatever the number of processes.
+def render(root, decoys="natural", processes=None, progress=True, **numbers):
+    """Render livestreams into `root` (LPR4M's layout), a function of the numbers alone, see NUMBERS.
 
-    Training lives show `products` products in `clips` clips; val and test lives one clip for each of their `gallery`
-    products. Products of different lives are different ones. decoys: "natural", any other product of the live, or "same",
-    only those of the intended product's category (a stress test). The folder appears when it is complete.
+    Products of different lives are different ones. decoys: "natural", any other product of the live, or "same", only
+    those of the intended product's category (a stress test). The folder appears when it is complete.
     """
-    most = 1_000_000
-    for name, value, low, high in (
-            ("seed", seed, 0, 2 ** 63), ("lives", lives, 1, most), ("val-lives", val_lives, 0, most), ("test-lives", test_lives, 0, most),
-            ("products", products, 4, most), ("clips", clips, 1, most), ("gallery", gallery, 4, most), ("frames", frames, 4, 9999),
-            ("size", size, 32, 4096), ("categories", categories, 1, len(CATEGORIES))):
-        if not low <= value <= high:
-            raise BadInput(f"--{name} {value}: expected {low} to {high}")
+    options = {name: default for name, (default, *_) in NUMBERS.items()} | numbers | {"decoys": decoys}
+    for name, (_, least, most, _) in NUMBERS.items():
+        if not least <= options[name] <= most:
+            raise BadInput(f"--{name.replace('_', '-')} {options[name]}: expected {least} to {most}")
     root = Path(root)
     if root.exists():
         raise BadInput(f"{root} exists; render into another folder or remove it first")
-    output_folder(root.parent)
     work = root.with_name(f"{root.name}.rendering")
+    output_folder(root.parent)
     shutil.rmtree(work, ignore_errors=True)                              # what an interrupted rendering left
     for folder in ("annotations", "frames", "images"):
-        (work / folder).mkdir(parents=True)
-    options = {"seed": seed, "products": products, "clips": clips, "gallery": gallery, "frames": frames, "size": size,
-               "categories": categories, "decoys": decoys}
-    counts = {"train": lives, "val": val_lives, "test": test_lives}
+        output_folder(work / folder)
+    counts = {"train": options["lives"], "val": options["val_lives"], "test": options["test_lives"]}
     jobs = [(work, split, n, options) for split, count in counts.items() for n in range(count)]
-    total = frames * (lives * max(clips, products) + (val_lives + test_lives) * gallery)
+    clips = {"train": max(options["clips"], options["products"]), "val": options["gallery"], "test": options["gallery"]}
+    total = options["frames"] * sum(count * clips[split] for split, count in counts.items())
     done = {"train": [], "val": [], "test": []}
-    with multiprocessing.get_context("spawn").Pool(max(1, processes or os.cpu_count())) as pool, \
+    with _processes(processes) as pool, \
             tqdm(total=total, unit="frame", desc=f"render {root}", disable=not progress) as bar:
         for split, *live in pool.imap(_render_live, jobs):
             done[split].append(live)
-            bar.update(sum(len(row["frame_ids"]) for row in live[1]))
-    notes = work / "annotations"
-    with open(notes / "training_videoinfo_part_00.txt", "w", encoding="utf-8") as file:
-        for row in (row for _, rows, _, _ in done["train"] for row in rows):
-            columns = ("video_id", "frame_ids", "boxes", "image_id", "title", "category", "name", "asr", "scale", "duration", "number")
-            file.write("\t".join(row[c] if isinstance(row[c], str) else json.dumps(row[c]) for c in columns) + "\n")
-    for split in (s for s in ("val", "test") if counts[s]):
-        rows = [row for _, live_rows, _, _ in done[split] for row in live_rows]
-        texts = [(i, t) for _, _, ids, titles in done[split] for i, t in zip(ids, titles)]
-        pairs = [(row, f, b, k) for row in rows for f, b, k in zip(row["frame_ids"], row["boxes"], row["kinds"])]
-        files = {f"videoid_asr_{len(rows)}.txt": "".join(f"{r['video_id']}\t{r['asr']}\n" for r in rows),
-                 f"image_title_{len(texts)}.txt": "".join(f"{i}\t{t}\n" for i, t in texts),
-                 f"videoid_to_gtimage_{len(rows)}.json": json.dumps({r["video_id"]: [r["image_id"]] for r in rows}),
-                 f"frameid2gtbox_{len(pairs)}.json": json.dumps({f: [[*b, r["category"]]] if b else [] for r, f, b, _ in pairs}),
-                 f"liveid_to_gallery_{len(done[split])}.json": json.dumps({live: ids for live, _, ids, _ in done[split]}),
-                 f"frameid2kind_{len(pairs)}.json": json.dumps({f: k for _, f, _, k in pairs})}
-        files |= {f"{name}_{value}.txt": "".join(f"{r['video_id']}\n" for r in rows if r[name] == value)
-                  for name, values in SPLITS.items() for value in values}
-        files |= {f"case_{case.replace(' ', '-')}.txt": "".join(f"{r['video_id']}\n" for r in rows if case in r["cases"]) for case in CASES}
-        for name, text in files.items():
-            (notes / f"{split}_{name}").write_text(text, encoding="utf-8")
+            bar.update(len(live[1]) * options["frames"])
+    for split, lives in done.items():
+        _write_texts(work / "annotations", _annotations(split, lives) if lives else {})
     work.rename(root)
 
 
-# ------------------------------------------------------------------ checking a folder
+def _processes(count):
+    return multiprocessing.get_context("spawn").Pool(max(1, count or os.cpu_count()))
+
+
+def _annotations(split, lives):
+    """The annotations of a rendered split, from the lives as _render_live gives them: {file name: text}."""
+    clips = [clip for _, clips, _ in lives for clip in clips]
+    if split == "train":
+        rows = ([entry if isinstance(entry, str) else json.dumps(entry) for entry in clip.values()] for clip in clips)
+        return {"training_videoinfo_part_00.txt": "".join("\t".join(row[:11]) + "\n" for row in rows)}
+    titles = [pair for _, _, titles in lives for pair in titles.items()]
+    boxes, kinds = {}, {}
+    for clip in clips:
+        kinds |= zip(clip["frame_ids"], clip["kinds"])
+        boxes |= {f: [[*box, clip["category"]]] if box else [] for f, box in zip(clip["frame_ids"], clip["boxes"])}
+    files = {f"videoid_asr_{len(clips)}.txt": "".join(f"{clip['video_id']}\t{clip['asr']}\n" for clip in clips),
+             f"image_title_{len(titles)}.txt": "".join(f"{image_id}\t{title}\n" for image_id, title in titles),
+             f"videoid_to_gtimage_{len(clips)}.json": json.dumps({c["video_id"]: [c["image_id"]] for c in clips}),
+             f"frameid2gtbox_{len(boxes)}.json": json.dumps(boxes),
+             f"liveid_to_gallery_{len(lives)}.json": json.dumps({live: list(titles) for live, _, titles in lives}),
+             f"frameid2kind_{len(kinds)}.json": json.dumps(kinds)}
+    parts = {f"{name}_{value}": (name, value) for name, values in SPLITS.items() for value in values}
+    parts |= {f"case_{case.replace(' ', '-')}": (case, True) for case in CASES}
+    files |= {f"{part}.txt": "".join(f"{clip['video_id']}\n" for clip in clips if clip[name] == value)
+              for part, (name, value) in parts.items()}
+    return {f"{split}_{name}": text for name, text in files.items()}
+
+
+def _write_texts(folder, texts):
+    """{file name: text} -> the files."""
+    for name, text in texts.items():
+        with whole(folder / name) as part:
+            Path(part).write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------ a room of its own: checking a folder
 
 
 def check(root, processes=None):
-    """Walk a data folder once, print what is in it and what is wrong with it (ten of each kind), as file:row where there is one.
-
-    -> True when more than 1 % of anything is unusable.
-    """
-    root, found = Path(root), {}                       # found: kind of problem -> [how many, of how many, the first ten]
-
-    def problem(kind, text):
-        entry = found.setdefault(kind, [0, 0, []])
-        entry[0] += 1
-        entry[2] += [text][:10 - len(entry[2])]
-
-    def of(kind, total):
-        found.setdefault(kind, [0, 0, []])[1] += total
-
-    splits = ["train"] * any((root / "annotations").glob("training_videoinfo_*")) + [
-        s for s in ("val", "test") if any((root / "annotations").glob(f"{s}_*"))]
+    """Print what is in a data folder and what is wrong with it (ten of each kind) -> True when more than 1 % of anything
+    is unusable."""
+    root, found, boxes, images = Path(root), {}, Counter(), set()
+    starts = {"train": "training_videoinfo", "val": "val", "test": "test"}
+    splits = [split for split, start in starts.items() if any((root / "annotations").glob(f"{start}_*"))]
     if not splits:
-        raise BadInput(f"{root}/annotations: no training_videoinfo_*.txt and no test files; is this a data folder in the LPR4M layout?")
-    images, boxes, waiting = {}, {"kept": 0, "clipped": 0, "dropped": 0}, []
-
-    def look(pool):
-        """Decode the frames of the clips that wait, on all processes; so many at a time that memory stays as it is."""
-        for frames, bad, tally in pool.imap_unordered(_check_frames, waiting, chunksize=8):
-            for text in bad:
-                problem("frames", text)
-            of("frames", frames)
-            for key in boxes:
-                boxes[key] += tally[key]
-        waiting.clear()
-
-    with multiprocessing.get_context("spawn").Pool(max(1, processes or os.cpu_count())) as pool:
+        raise BadInput(f"{root}/annotations: no training_videoinfo_*.txt and no test files; "
+                       "is this a data folder in the LPR4M layout?")
+    with _processes(processes) as pool:
         for split in splits:
-            of("files", 1)
             try:
-                lives = Lives(root, split, (lambda text: problem("rows", text)) if split == "train" else None)
+                lives = Lives(root, split, lambda text: _add(found, "rows", [text]))
+                _add(found, "files", [], 1)
+                _check_split(lives, pool, found, boxes, images)
             except BadInput as error:
-                problem("files", str(error))
-                continue
-            counts, texts, ids, numbers = {}, {"ASR": [0, 0], "title": [0, 0]}, array("q"), array("q")
-            for i in tqdm(range(len(lives)), unit="clip", desc=f"check {split}"):
-                try:
-                    clip = lives.clip(i)
-                except BadInput as error:
-                    problem("rows", str(error))
-                    continue
-                ids.append(_number(clip.video_id.encode()))
-                numbers.append(i)
-                boxes["dropped"] += clip.dropped
-                images.update(dict.fromkeys(clip.image_ids))
-                for text, name in ((clip.asr, "ASR"), (clip.title, "title")):
-                    texts[name][0] += bool(text)
-                    texts[name][1] += len(text.split())
-                named = [lives.categories.get(clip.category, "(no category)")] if split == "train" else []
-                for name in named + [f"{value} {name}" for value, name in zip(clip.splits, SPLITS) if value]:
-                    counts[name] = counts.get(name, 0) + 1
-                if not clip.frame_ids:
-                    problem("clips without frames", clip.video_id)
-                waiting.append((lives, clip.frame_ids, clip.boxes))
-                if len(waiting) == 1000:
-                    look(pool)
-            look(pool)
-            of("rows", len(lives))
-            of("clips without frames", len(lives))
-            order = np.argsort(np.asarray(ids), kind="stable")
-            for again in order[1:][np.diff(np.asarray(ids)[order]) == 0]:
-                row = numbers[int(again)]
-                problem("ids given twice", f"{lives.where(row) if split == 'train' else split}: {lives.clip(row).video_id}")
-            of("ids given twice", len(ids))
-            if split != "train":
-                _check_partners(lives, problem, of)
-                images.update(dict.fromkeys(i for gallery in lives.galleries.values() for i in gallery))
-                counts = {f"{value} {name}": len(members) for (name, value), members in lives.members.items() if members}
-            print(f"{split}: {len(lives)} clips, {int(lives.lengths.sum())} frames, "
-                  f"{int((lives.frame_counts > 0).sum())} clips annotated; " + "; ".join(
-                      f"{name} on {100 * some / max(1, len(lives)):.1f} %, {words / max(1, some):.1f} words" for name, (some, words) in texts.items()))
-            print("".join(f"    {name}: {count}\n" for name, count in sorted(counts.items())), end="")
-        lives = Lives.pictures(root)
-        looked_at = pool.imap_unordered(_check_image, ((lives, i) for i in images), chunksize=64)
-        for text in tqdm(looked_at, total=len(images), unit="image", desc="check images"):
-            if text:
-                problem("images", text)
-        of("images", len(images))
-    total = sum(boxes.values())
+                _add(found, "files", [str(error)], 1)
+        looked_at = pool.imap_unordered(_check_image, ((root, image_id) for image_id in sorted(images)), chunksize=64)
+        for bad in tqdm(looked_at, total=len(images), unit="image", desc="check images"):
+            _add(found, "images", bad, 1)
     print(f"boxes: {boxes['kept']} whole, {boxes['clipped']} stick out of the picture and are clipped, "
           f"{boxes['dropped']} without area or outside are dropped")
-    found["boxes"] = [boxes["dropped"], total, []]
+    found["boxes"] = [boxes["dropped"], boxes.total(), []]
     for kind, (count, out_of, first) in found.items():
         if count:
             print(f"{kind}: {count} of {out_of} unusable", *(f"    {text}" for text in first), sep="\n")
@@ -1347,13 +1322,60 @@ def check(root, processes=None):
     return bool(spoilt)
 
 
+def _add(found, kind, texts, total=0):
+    """Problems of a kind join those found: {kind: (how many, of how many, the first ten)}."""
+    count, out_of, first = found.get(kind, (0, 0, []))
+    found[kind] = count + len(texts), out_of + total, (first + texts)[:10]
+
+
+def _check_split(lives, pool, found, boxes, images):
+    """Every clip and frame of a split: adds to the problems found, the boxes counted and the shop images to look at."""
+    counts, said, ids = Counter(), Counter(), np.full(len(lives), -1)
+    with tqdm(total=len(lives), unit="clip", desc=f"check {lives.split}") as bar:
+        for low in range(0, len(lives), 1000):                   # so many at a time that memory stays as it is
+            waiting = []
+            for i in range(low, min(low + 1000, len(lives))):
+                try:
+                    clip = lives.clip(i)
+                except BadInput as error:
+                    _add(found, "rows", [str(error)])
+                    continue
+                ids[i] = _number(clip.video_id.encode())
+                boxes["dropped"] += clip.dropped
+                images.update(clip.image_ids)
+                counts.update(f"{value} {name}" for value, name in zip(clip.splits, SPLITS) if value)
+                counts.update([lives.categories.get(clip.category, "(no category)")] if lives.split == "train" else ())
+                for name, text in (("ASR", clip.asr), ("title", clip.title)):
+                    said.update({name: bool(text), f"{name} words": len(text.split())})
+                _add(found, "clips without frames", [] if clip.frame_ids else [clip.video_id])
+                waiting.append((lives.root, clip.frame_ids, clip.boxes))
+            for frames, bad, tally in pool.imap_unordered(_check_frames, waiting, chunksize=8):
+                _add(found, "frames", bad, frames)
+                boxes.update(tally)
+            bar.update(min(1000, len(lives) - low))
+    _add(found, "rows", [], len(lives))
+    _add(found, "clips without frames", [], len(lives))
+    order = np.argsort(ids, kind="stable")
+    again = [int(i) for i in order[1:][np.diff(ids[order]) == 0] if ids[i] >= 0]
+    texts = [f"{lives.where(i) if lives.split == 'train' else lives.split}: {lives.clip(i).video_id}" for i in again]
+    _add(found, "ids given twice", texts, int((ids >= 0).sum()))
+    if lives.split != "train":
+        _check_partners(lives, found)
+        images.update(image_id for gallery in lives.galleries.values() for image_id in gallery)
+        counts = {f"{value} {name}": len(members) for (name, value), members in lives.members.items() if members}
+    texts = "; ".join(f"{name} on {100 * said[name] / len(lives):.1f} %, "
+                      f"{said[f'{name} words'] / max(1, said[name]):.1f} words" for name in ("ASR", "title"))
+    print(f"{lives.split}: {len(lives)} clips, {lives.lengths.sum()} frames, {(lives.frame_counts > 0).sum()} clips "
+          f"annotated; {texts}", *(f"    {name}: {count}" for name, count in sorted(counts.items())), sep="\n")
+
+
 def _check_frames(job):
     """Frames of a clip -> how many, what is wrong with them, and how their boxes lie in the picture."""
-    lives, frame_ids, boxes = job
-    bad, tally = [], {"kept": 0, "clipped": 0, "dropped": 0}
+    root, frame_ids, boxes = job
+    bad, tally = [], Counter()
     for t, frame_id in enumerate(frame_ids):
         try:
-            _, (width, height) = lives.frame(frame_id)
+            _, (width, height) = Lives.pictures(root).frame(frame_id)
         except BadInput as error:
             bad.append(str(error))
             continue
@@ -1365,78 +1387,84 @@ def _check_frames(job):
 
 
 def _check_image(job):
-    lives, image_id = job
+    """A shop image -> what is wrong with it, a list of one text or none."""
+    root, image_id = job
     try:
-        lives.read("images", _safe_id(image_id, f"{lives.root}/images"))
+        Lives.pictures(root).image(_safe_id(image_id, f"{root}/images"))
+        return []
     except BadInput as error:
-        return str(error)
+        return [str(error)]
 
 
-def _check_partners(lives, problem, of):
+def _check_partners(lives, found):
     """Ids of a test split that have to meet: clips, true images, galleries, titles, splits; and the counts in file names."""
-    known = set(lives.video_ids)
-    for video_id in lives.video_ids:
+    apart = {"lives without a gallery": [], "clips whose true images are not in their gallery": [],
+             "ids without a partner": [f"{v}: no ASR row" for v in lives.video_ids if v not in lives.asr]}
+    for video_id in lives.video_ids if lives.galleries else ():
         gallery = lives.galleries.get(live_of(video_id))
-        if lives.galleries and gallery is None:
-            problem("lives without a gallery", live_of(video_id))
-        elif lives.galleries and not set(lives.positives.get(video_id, ())) & set(gallery):
-            problem("clips whose true images are not in their gallery", video_id)
-        if video_id not in lives.asr:
-            problem("ids without a partner", f"{video_id}: no ASR row")
+        if gallery is None:
+            apart["lives without a gallery"].append(live_of(video_id))
+        elif not set(lives.positives.get(video_id, ())) & set(gallery):
+            apart["clips whose true images are not in their gallery"].append(video_id)
     for (name, value), members in lives.members.items():
-        for video_id in sorted(members - known):
-            problem("ids without a partner", f"{lives.split}_{name}_{value}.txt: {video_id} is no clip")
-    shown = {i for gallery in lives.galleries.values() for i in gallery}
-    for kind, total in (("lives without a gallery", len(known)), ("clips whose true images are not in their gallery", len(known)),
-                        ("ids without a partner", len(known))):
-        of(kind, total)
-    print(f"{lives.split}: {len(lives.galleries)} galleries of {len(shown)} images, {sum(bool(lives.titles.get(i)) for i in shown)} with a title")
-    for name, entries in (("videoid_asr", lives.asr), ("image_title", lives.titles), ("videoid_to_gtimage", lives.positives),
-                          ("frameid2gtbox", lives.truth), ("liveid_to_gallery", lives.galleries)):
+        apart["ids without a partner"] += [f"{lives.split}_{name}_{value}.txt: {video_id} is no clip"
+                                           for video_id in sorted(members - set(lives.video_ids))]
+    for kind, texts in apart.items():
+        _add(found, kind, texts, len(lives))
+    shown = {image_id for gallery in lives.galleries.values() for image_id in gallery}
+    print(f"{lives.split}: {len(lives.galleries)} galleries of {len(shown)} images, "
+          f"{sum(bool(lives.titles.get(image_id)) for image_id in shown)} with a title")
+    for name, entries in (("videoid_asr", lives.asr), ("image_title", lives.titles),
+                          ("videoid_to_gtimage", lives.positives), ("frameid2gtbox", lives.truth),
+                          ("liveid_to_gallery", lives.galleries)):
         for path in (lives.root / "annotations").glob(f"{lives.split}_{name}_*"):
             expected = path.stem.rpartition("_")[2]
-            print(f"    {path.name}: {len(entries)} entries" + (f", its name says {expected}" if expected.isdigit() else ""))
+            says = f", its name says {expected}" if expected.isdigit() else ""
+            print(f"    {path.name}: {len(entries)} entries{says}")
 
 
-# ------------------------------------------------------------------ getting the real data
+# ------------------------------------------------------------------ a room of its own: getting the real data
 
 
 def link(download, root):
-    """img2dataset's output (numbered pictures, each with a JSON side file that holds its url) -> root/frames and root/images.
+    """img2dataset's output (numbered pictures, each with a JSON side file of its url) -> root/frames and root/images.
 
     A picture's id is its url's last part; a frame's id ends in -start_ms-end_ms-index. Hard links, or copies across
     devices; what is there already is left. A frame stored at another size keeps its side file. -> counts
     """
+    if not Path(download).is_dir():
+        raise BadInput(f"{download}: no such folder; expected what img2dataset wrote with --output_format files")
     done = {"linked": 0, "there before": 0, "failed to download": 0, "without an id": 0}
     sides = (os.path.join(folder, name) for folder, _, names in os.walk(download) for name in sorted(names)
              if name.endswith(".json") and not name.endswith("_stats.json"))
-    if not Path(download).is_dir():
-        raise BadInput(f"{download}: no such folder; expected what img2dataset wrote with --output_format files")
     with tqdm(sides, unit="picture", desc=f"link {download}") as bar:
         for side in bar:
-            picture = next((p for p in (side[:-5] + ".jpg", side[:-5] + ".png") if os.path.isfile(p) and not os.path.islink(p)), None)
-            try:
-                if os.path.islink(side):                                    # may lead anywhere
-                    raise ValueError
-                about = json.loads(Path(side).read_text(encoding="utf-8"))
-                name = _safe_id(Path(str(about["url"]).split("?")[0]).stem, side)
-            except (ValueError, KeyError, TypeError, RecursionError, BadInput):
-                done["without an id"] += 1
-                continue
-            if picture is None:
-                done["failed to download"] += 1
-                continue
-            parts = name.rsplit("-", 3)
-            kind = "frames" if len(parts) == 4 and all(part.isdecimal() for part in parts[1:]) else "images"
-            target = Path(root) / kind / name[:2] / (name + picture[-4:])
-            target.parent.mkdir(parents=True, exist_ok=True)
-            sizes = [(about.get(f"{when}width"), about.get(f"{when}height")) for when in ("original_", "")]
-            if kind == "frames" and sizes[0] != sizes[1]:
-                _link(side, target.with_suffix(".json"))
-            done["linked" if _link(picture, target) else "there before"] += 1
+            done[_link_picture(side, Path(root))] += 1
             bar.set_postfix(done, refresh=False)
     print(", ".join(f"{name}: {count}" for name, count in done.items()))
     return done
+
+
+def _link_picture(side, root):
+    """The picture of a side file gets its place in the layout -> what became of it."""
+    try:
+        if os.path.islink(side):                                    # may lead anywhere
+            return "without an id"
+        about = json.loads(Path(side).read_text(encoding="utf-8"))
+        name = _safe_id(Path(str(about["url"]).split("?")[0]).stem, side)
+    except (ValueError, KeyError, TypeError, RecursionError, BadInput):
+        return "without an id"
+    for ending in (".jpg", ".png"):
+        picture = side.removesuffix(".json") + ending
+        if os.path.isfile(picture) and not os.path.islink(picture):
+            kind = "frames" if re.fullmatch(r".*-\d+-\d+-\d+", name) else "images"
+            target = root / kind / name[:2] / (name + ending)
+            output_folder(target.parent)
+            sizes = [(about.get(f"{when}width"), about.get(f"{when}height")) for when in ("original_", "")]
+            if kind == "frames" and sizes[0] != sizes[1]:
+                _link(side, target.with_suffix(".json"))
+            return "linked" if _link(picture, target) else "there before"
+    return "failed to download"
 
 
 def _link(source, target):
@@ -1452,137 +1480,120 @@ def _link(source, target):
 
 
 def movingfashion(source, root, processes=None):
-    """MovingFashion (train.json, test.json, videos/, imgs/) -> the LPR4M layout in `root`: a clip a video, a frame a second.
+    """MovingFashion (train.json, test.json, videos/, imgs/) -> the layout in `root`: a clip a video, a frame a second.
 
-    Frames are taken by the ffmpeg program; a video that was done before is left. All test images form one gallery. Each key of
-    the JSON files has img_path, video_paths and source (SEAM's README). A video that ffmpeg cannot read is counted and left out.
+    Frames are taken by the ffmpeg program; a video that was done before is left, one that ffmpeg cannot read is counted
+    and left out. All test images form one gallery.
     """
     source, root = Path(source), Path(root)
     if not shutil.which("ffmpeg"):
-        raise BadInput("movingfashion needs the program ffmpeg on PATH to cut videos into frames; install it (apt install ffmpeg)")
-    products = []
-    for split in ("train", "test"):
-        path = source / f"{split}.json"
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-            for key, entry in entries.items():
-                image, videos = entry["img_path"], entry["video_paths"]
-                if not isinstance(videos, list) or not all(isinstance(name, str) for name in (image, *videos)):
-                    raise TypeError(f"{key}: img_path is a text, video_paths a list of texts")
-                products.append((split, _safe_id(key, path), image, videos))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BadInput(f"{path}: expected {{key: {{img_path, video_paths, source}}}}: {type(error).__name__} {error}") from None
+        raise BadInput("movingfashion needs the program ffmpeg on PATH to cut videos into frames; install it "
+                       "(apt install ffmpeg)")
+    products = [(split, *product) for split in ("train", "test") for product in _fashion(source / f"{split}.json")]
     for name in ("annotations", "frames", "images"):
         output_folder(root / name)
-    jobs, rows = [], []
-    for number, (split, key, image, videos) in enumerate(products):
-        picture = _inside(source, image)
-        image_id = f"{split}-{key}"
-        if picture.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+    videos, gallery = [], []                                          # (split, image_id, video_id, path)
+    for number, (split, key, image, paths) in enumerate(products):
+        picture, image_id = inside(source / image, source).resolve(), f"{split}-{key}"
+        ending = picture.suffix.lower().replace("jpeg", "jpg")
+        if ending not in (".jpg", ".png"):
             raise BadInput(f"{source}/{split}.json: {key}: img_path: expected a .jpg or .png, found {image!r}")
-        _link(picture, root / "images" / f"{image_id}.{'png' if picture.suffix.lower() == '.png' else 'jpg'}")
-        for n, video in enumerate(videos):
-            video_id = f"movingfashion-{number}-{n}"
-            jobs.append((str(_inside(source, video)), str(root / "frames"), video_id))
-            rows.append((split, video_id, image_id))
+        _link(picture, root / "images" / f"{image_id}{ending}")
+        gallery += [image_id] if split == "test" else []
+        videos += [(split, image_id, f"movingfashion-{number}-{n}", inside(source / path, source).resolve())
+                   for n, path in enumerate(paths)]
     with ThreadPool(max(1, processes or os.cpu_count())) as pool:
-        counts = list(tqdm(pool.imap(_cut_video, jobs), total=len(jobs), unit="video", desc=f"cut {source}"))
-    rows = [(*row, count) for row, count in zip(rows, counts) if count]
-    notes = root / "annotations"
-    with whole(notes / "training_videoinfo_movingfashion.txt") as part, open(part, "w", encoding="utf-8") as file:
-        for split, video_id, image_id, count in rows:
-            if split == "train":
-                frames = json.dumps([f"{video_id}-{t:04d}" for t in range(count)])
-                file.write("\t".join([video_id, frames, "[]", image_id, *[""] * 7]) + "\n")
-    test = [row for row in rows if row[0] == "test"]
-    gallery = [f"test-{key}" for split, key, *_ in products if split == "test"]
-    for name, text in {f"videoid_asr_{len(test)}.txt": "".join(f"{row[1]}\t\n" for row in test),
-                       f"videoid_to_gtimage_{len(test)}.json": json.dumps({row[1]: [row[2]] for row in test}),
-                       "liveid_to_gallery_1.json": json.dumps({"movingfashion": gallery})}.items():
-        for old in notes.glob(f"test_{name.rpartition('_')[0]}_*"):
-            old.unlink()
-        with whole(notes / f"test_{name}") as part:
-            Path(part).write_text(text, encoding="utf-8")
-    print(f"{len(rows)} videos of {len(jobs)} cut into {sum(counts)} frames; {len(jobs) - len(rows)} could not be read; "
-          f"{len(products)} shop images. Train with: python train.py --stage rice --view frame --data {root}")
+        cut = pool.imap(lambda video: _cut_video(*video[2:], root / "frames"), videos)
+        counts = list(tqdm(cut, total=len(videos), unit="video", desc=f"cut {source}"))
+    rows, test = [], {}
+    for (split, image_id, video_id, _), count in zip(videos, counts):
+        if count and split == "test":
+            test[video_id] = [image_id]
+        elif count:
+            frame_ids = json.dumps([f"{video_id}-{t:04d}" for t in range(count)])
+            rows.append("\t".join([video_id, frame_ids, "[]", image_id, *[""] * 7]) + "\n")
+    _write_texts(root / "annotations", {
+        "training_videoinfo_movingfashion.txt": "".join(rows),
+        "test_videoid_asr_movingfashion.txt": "".join(f"{video_id}\t\n" for video_id in test),
+        "test_videoid_to_gtimage_movingfashion.json": json.dumps(test),
+        "test_liveid_to_gallery_movingfashion.json": json.dumps({"movingfashion": gallery})})
+    print(f"{len(rows) + len(test)} videos of {len(videos)} cut into {sum(counts)} frames; {counts.count(0)} could not be "
+          f"read; {len(products)} shop images. Train with: python train.py --stage rice --view frame --data {root}")
 
 
-def _inside(source, name):
-    """A path that a file of the data names, which must not lead out of its folder."""
-    path = (source / name.replace("\0", "")).resolve()
-    if "\0" in name or not path.is_relative_to(source.resolve()):
-        raise BadInput(f"{source}: {name[:60]!r} leads out of the folder")
-    return path
+def _fashion(path):
+    """The products of a JSON file of MovingFashion, {key: {img_path, video_paths, source}}: (key, image, [video, ...])."""
+    try:
+        products = []
+        for key, entry in json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object).items():
+            image, videos = entry["img_path"], entry["video_paths"]
+            if not isinstance(videos, list) or not all(isinstance(name, str) for name in (image, *videos)):
+                raise TypeError(f"{key}: img_path is a text, video_paths a list of texts")
+            products.append((_safe_id(key, path), image, videos))
+        return products
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{path}: expected {{key: {{img_path, video_paths, source}}}}: "
+                       f"{type(error).__name__} {error}") from None
 
 
-def _cut_video(job):
+def _cut_video(video_id, path, frames):
     """One frame a second of a video into frames/VIDEO_ID-INDEX.jpg -> how many; 0 when ffmpeg cannot read it."""
-    video, frames, video_id = job
-    first = Path(frames) / f"{video_id}-0000.jpg"
-    if not first.exists():
+    if not (frames / f"{video_id}-0000.jpg").exists():
         with tempfile.TemporaryDirectory(dir=frames, prefix=".cut-") as work:
-            command = ["ffmpeg", "-v", "error", "-nostdin", "-i", f"file:{video}", "-vf", "fps=1", "-q:v", "3", "-start_number", "0",
-                       "-threads", "1", f"{work}/%04d.jpg"]
-            done = subprocess.run(command, capture_output=True)
-            names = sorted(os.listdir(work), reverse=True)         # the first frame comes last: when it is there, all are
-            if done.returncode or not names:
+            failed = subprocess.run(["ffmpeg", "-v", "error", "-nostdin", "-i", f"file:{path}", "-vf", "fps=1", "-q:v", "3",
+                                     "-start_number", "0", "-threads", "1", f"{work}/%04d.jpg"], capture_output=True).returncode
+            if failed:
                 return 0
-            for name in names:
+            for name in sorted(os.listdir(work), reverse=True):    # the first frame comes last: when it is there, all are
                 os.replace(f"{work}/{name}", f"{frames}/{video_id}-{name}")
-    count = 1
-    while os.path.exists(f"{frames}/{video_id}-{count:04d}.jpg"):
-        count += 1
-    return count
+    return next(count for count in itertools.count() if not (frames / f"{video_id}-{count:04d}.jpg").exists())
 
 
-# ------------------------------------------------------------------ the commands
+# ------------------------------------------------------------------ a room of its own: the commands
 
 
 def main(argv=None):
     parser = Parser(description="Livestream data in the LPR4M layout: render, check, convert.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name, text, *folders):
-        command = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for folder, about in folders:
+    def add(name, text, **folders):
+        command = commands.add_parser(name, help=text, description=text,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for folder, about in folders.items():
             command.add_argument(folder, help=about)
         if name not in ("link", "dedup"):
             command.add_argument("--processes", type=int, default=os.cpu_count(), help="processes at work")
         return command
 
-    command = add("render", "render livestreams with boxes, shop images, titles and ASR", ("dir", "folder to write; must not exist"))
-    for name, default, text in (
-            ("seed", 0, "the same seed gives the same files"), ("lives", 72, "training lives"), ("val-lives", 4, "validation lives"),
-            ("test-lives", 10, "test lives"), ("products", 24, "products of a training live"), ("clips", 28, "clips of a training live"),
-            ("gallery", 50, "products (and clips) of a val or test live"), ("frames", 8, "frames of a clip, one a second"),
-            ("size", 96, "side of a frame in pixels"),
-            ("categories", 8, f"how many of the {len(CATEGORIES)} categories; the first 8 are {', '.join(QUICKSTART)}")):
-        command.add_argument(f"--{name}", type=int, default=default, help=text)
-    command.add_argument("--decoys", choices=["natural", "same"], default="natural",
-                         help="the other products in view: any of the live, or only those of the intended one's category (a stress test)")
-    here = ("dir", "data folder in the LPR4M layout")
-    add("check", "count what is in a data folder and list what is wrong; status 1 when more than 1 %% of anything is unusable", here)
-    add("link", "put what img2dataset downloaded into frames/ and images/", ("download", "img2dataset's output folder"), here)
+    here = "data folder in the LPR4M layout"
+    command = add("render", "render livestreams with boxes, shop images, titles and ASR", dir="folder to write; must not exist")
+    for name, (default, _, _, about) in NUMBERS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=about)
+    command.add_argument("--decoys", choices=["natural", "same"], default="natural", help="the other products in view: any "
+                         "of the live, or only those of the intended one's category (a stress test)")
+    add("check", "count what is in a data folder and list what is wrong; status 1 when more than 1 %% of anything is "
+        "unusable", dir=here)
+    add("link", "put what img2dataset downloaded into frames/ and images/", download="img2dataset's output folder", dir=here)
     add("movingfashion", "convert MovingFashion (needs the program ffmpeg)",
-        ("source", "folder with train.json, test.json, videos/, imgs/"), here)
-    command = add("dedup", "list near-duplicate shop images; writes DIR/duplicates.txt, deletes nothing", here)
+        source="folder with train.json, test.json, videos/, imgs/", dir=here)
+    command = add("dedup", "list near-duplicate shop images; writes DIR/duplicates.txt, deletes nothing", dir=here)
     command.add_argument("--ckpt", required=True, help="a RICE checkpoint, whose image features are compared")
     command.add_argument("--threshold", type=float, default=0.9, help="cosine above which two images are one")
-    options = vars(parser.parse_args(argv))
-    if options.get("processes", 1) < 1:
-        parser.error(f"--processes {options['processes']}: expected 1 or more")
-    name = options.pop("command")
-    if name == "render":
-        guarded(lambda: render(options.pop("dir"), **options))
-    elif name == "check":
-        sys.exit(int(guarded(check, options["dir"], options["processes"])))
-    elif name == "link":
-        guarded(link, options["download"], options["dir"])
-    elif name == "movingfashion":
-        guarded(movingfashion, options["source"], options["dir"], options["processes"])
+    options = parser.parse_args(argv)
+    if getattr(options, "processes", 1) < 1:
+        parser.error(f"--processes {options.processes}: expected 1 or more")
+    if options.command == "render":
+        numbers = {name: getattr(options, name) for name in NUMBERS}
+        guarded(lambda: render(options.dir, options.decoys, options.processes, **numbers))
+    elif options.command == "check":
+        sys.exit(int(guarded(check, options.dir, options.processes)))
+    elif options.command == "link":
+        guarded(link, options.download, options.dir)
+    elif options.command == "movingfashion":
+        guarded(movingfashion, options.source, options.dir, options.processes)
     else:
         import eval as evaluation                      # the one look upstairs: features need a model
-        guarded(evaluation.duplicates, options["ckpt"], options["dir"], options["threshold"])
+        guarded(evaluation.duplicates, options.ckpt, options.dir, options.threshold)
 
 
 if __name__ == "__main__":
