@@ -8,8 +8,7 @@
     python data.py dedup DIR --ckpt runs/tiny/rice.pt     near-duplicate shop images
 
     DIR/annotations/training_videoinfo_*.txt       a clip a row, 11 columns by tab: video_id, frame_id list, box list,
-                                                   image_id, title, category id, category name, ASR, scale, duration,
-                                                   number
+                                          image_id, title, category id, category name, ASR, scale, duration, number
     DIR/annotations/SPLIT_videoid_asr_*.txt        video_id, ASR                                SPLIT is test or val
     DIR/annotations/SPLIT_image_title_*.txt        image_id, title
     DIR/annotations/SPLIT_videoid_to_gtimage_*.json    {video_id: [image_id, ...]}
@@ -26,9 +25,9 @@
 Data flow:  Lives (rows of text) -> Clip (ids, boxes, texts) -> DetectionSet or PairSet (tensors of one sample)
             -> batches (collate_detection pads) by StepSampler, in an order that is a function of (seed, step) alone.
 
-An item is asked for by (epoch, i): its augmentation is a function of (seed, epoch, i) alone. It is a dict with
-    clip  the clip's number in the split     bad  what could not be read ("": nothing)     and what its set's docstring says.
-In training an item of which anything cannot be read is empty; in evaluation only the frame that cannot be read is.
+Items:  asked for by (epoch, i), augmented as a function of (seed, epoch, i) alone; a dict of `clip`, the clip's number
+        in the split, `bad`, what could not be read ("": nothing), and what its set's docstring lists. A training item
+        of which anything cannot be read is empty; in evaluation only the frame that cannot be read is missing.
 
 Letters: B batch, T frames, M boxes of a frame, H W pixels, S side of a square view, P patches, N tokens of a text.
 """
@@ -38,7 +37,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -64,8 +62,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-# torchvision's JPEG decoder is the fastest at hand (540 x 960 to 480: 3.3 ms of one core with the resize, Pillow's draft
-# mode 8.6; to 224: 3.5 and 3.7); since 0.29 every call announces its successor, another package.
+# torchvision's JPEG decoder is the fastest at hand (540 x 960 to 480: 3.3 ms of one core with the resize, Pillow's
+# draft mode 8.6; to 224: 3.5 and 3.7); since 0.29 every call announces its successor, another package.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision are deprecated")
 # What Python says of a list in a row, and torch of a checkpoint that is none, names no file; ours is the one line.
 warnings.filterwarnings("ignore", message="invalid escape sequence", category=SyntaxWarning)
@@ -76,7 +74,7 @@ SPLITS = {"scale": ("small", "medium", "large"), "duration": ("short", "medium",
 CASES = ("two in view", "near-identical")     # clips that only words, clips that only details can tell (rendered data)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                               # what DAB-DETR's weights expect
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)      # what CLIP's weights expect
-LARGEST = 100_000_000                         # pixels of a picture; a file that claims more would take the memory of all
+LARGEST = 100_000_000                         # pixels of a picture; a file that claims more would take all memory
 Image.MAX_IMAGE_PIXELS = None                 # Pillow's own limit, which warns first
 
 
@@ -103,10 +101,7 @@ def guarded(command, *arguments):
 
 @contextlib.contextmanager
 def whole(path, mine=""):
-    """A name to write to that becomes `path` at the end: the file is there whole or not at all.
-
-    mine: what tells apart the names of processes that may write the same file.
-    """
+    """A name to write to that becomes `path` at the end; `mine` tells apart processes that may write the same file."""
     part = f"{path}{mine}.part"
     try:
         yield part
@@ -168,11 +163,10 @@ def _literal(text, where):
 
 def _object(pairs):
     """A JSON object in which no key stands twice, for the last one would win unseen."""
-    value = {}
-    for key, entry in pairs:
-        if key in value:
-            raise ValueError(f"{ascii(key)[:60]} stands twice")
-        value[key] = entry
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{ascii(key)[:60]} stands twice")
     return value
 
 
@@ -254,16 +248,17 @@ def _index(path, complain=None):
     with contextlib.suppress(OSError):                                # a folder that is not ours to write to
         if not complain:
             with whole(kept, f".{os.getpid()}") as part, open(part, "wb") as file:
-                np.savez(file, stamp=stamp, rows=rows, ids=list(categories), names=np.array([*categories.values()], str))
+                names = np.array(list(categories.values()), str)
+                np.savez(file, stamp=stamp, rows=rows, ids=list(categories), names=names)
     return rows, categories
 
 
 class Lives:
     """One split ("train", "val" or "test") of a data folder in the LPR4M layout; `clip(i)` parses clip i on demand.
 
-    lengths [clips]: frames of each; frame_counts [clips]: the annotated ones. Of the training rows also: product [clips]
-    and live [clips], image ids (-1: none) and live ids as numbers, and categories {raw id: name} in order of id; a
-    detector's class k is the k-th. A test clip is any that has an ASR row, a true image or a true box; none is left out.
+    lengths [clips]: frames of each; frame_counts [clips]: the annotated ones. Of training rows also product and live
+    [clips], image ids (-1: none) and live ids as numbers, and categories {raw id: name} in order of id; a detector's
+    class k is the k-th. A test clip is any that has an ASR row, a true image or a true box; none is left out.
     A training file is kept as an array of byte offsets; nothing grows with the number of frames.
     complain(text): told file:row of every bad training row, which is passed over; without it the first raises BadInput.
     """
@@ -342,7 +337,7 @@ class Lives:
         self.members = {(name, value): set(self._table(f"{name}_{value}.txt"))
                         for name, values in SPLITS.items() for value in values}
         self.cases = {case: set(self._table(f"case_{case.replace(' ', '-')}.txt")) for case in CASES}
-        for frame_id, kind in self.kinds.items():                                           # a kind is drawn and printed
+        for frame_id, kind in self.kinds.items():                                       # a kind is drawn and printed
             _safe_id(kind, f"{self.root}/annotations: {self.split}_frameid2kind: {frame_id}")
         self.frames = {video_id: [] for video_id in [*self.asr, *self.positives]}
         source = self.truth
@@ -352,7 +347,8 @@ class Lives:
         for frame_id in source:
             video_id, _, index = _safe_id(frame_id, f"{self.root}: frame id").rpartition("-")
             if not index.isdecimal() or len(index) > 18:
-                raise BadInput(f"{self.root}: frame id {frame_id[:60]!r}: expected video_id-index, index a whole number")
+                raise BadInput(f"{self.root}: frame id {frame_id[:60]!r}: expected video_id-index, "
+                               "index a whole number")
             if self.truth or video_id in self.frames:           # frames of the training clips lie in the same folder
                 self.frames.setdefault(video_id, []).append(frame_id)
         for frame_ids in self.frames.values():
@@ -363,11 +359,9 @@ class Lives:
 
     def few(self, count):
         """This training split cut to its first `count` clips of different products, to be trained on and judged by."""
-        taken = {}
-        for i in range(len(self)):
-            if len(taken) < count and (self.frame_counts[i] or not self.frame_counts.any()):
-                taken.setdefault(int(self.product[i]) if self.product[i] >= 0 else -2 - i, i)
-        rows = list(taken.values())
+        usable = np.flatnonzero(self.frame_counts) if self.frame_counts.any() else np.arange(len(self))
+        product = np.where(self.product[usable] >= 0, self.product[usable], -2 - usable)   # none: one of its own
+        rows = usable[np.sort(np.unique(product, return_index=True)[1])[:count]]
         self.chosen = clips = [self.clip(i) for i in rows]
         for name in ("lengths", "frame_counts", "product", "live"):
             setattr(self, name, getattr(self, name)[rows])
@@ -385,7 +379,9 @@ class Lives:
             return self._training_clip(i)
         video_id = self.video_ids[i]
         frame_ids, images = self.frames[video_id], self.positives.get(video_id, [])
-        boxes = [_boxes(self.truth[f], -1, f"{self.root}: true boxes of {f}")[0] for f in frame_ids] if self.truth else None
+        boxes = None
+        if self.truth:
+            boxes = [_boxes(self.truth[f], -1, f"{self.root}: true boxes of {f}")[0] for f in frame_ids]
         kinds = [str(self.kinds.get(f, "")) for f in frame_ids] if self.kinds else None
         return Clip(video_id, frame_ids, boxes, images, self.titles.get(images[0], "") if images else "",
                     self.asr.get(video_id, ""), kinds)
@@ -427,7 +423,7 @@ class Lives:
             return self.clip(i)
 
     def read(self, folder, name):
-        """The picture `name` of frames/ or images/, uint8 [3,H,W] upright; BadInput when missing, broken or too large."""
+        """Picture `name` of frames/ or images/, uint8 [3,H,W] upright; BadInput when missing, broken or too large."""
         return read_picture(self._path(folder, name))
 
     def image(self, name):
@@ -435,10 +431,7 @@ class Lives:
         return self.read("images", name)
 
     def frame(self, name):
-        """Frame `name` uint8 [3,H,W], and the (width, height) that its boxes are given in.
-
-        These are another size than the picture's when the frame was stored smaller and its side file tells the original.
-        """
+        """Frame `name` uint8 [3,H,W], and the (width, height) its boxes are given in: of its side file or its own."""
         path = self._path("frames", name)
         image, side = read_picture(path), f"{path[:-4]}.json"
         if not os.path.lexists(side):
@@ -459,12 +452,9 @@ class Lives:
         raise BadInput(f"{base}/{name[:200]}.jpg: missing (nor .png, nor under {name[:2]}/)")
 
 
-_real = functools.cache(os.path.realpath)
-
-
 def inside(path, folder):
     """`path` itself; BadInput when it, or a link on its way, leads out of the folder, which may be a link."""
-    if "\0" in str(path) or not os.path.realpath(path).startswith(os.path.join(_real(folder), "")):
+    if "\0" in str(path) or not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
         raise BadInput(f"{path}: a path or a link that leads out of the folder {folder}".replace("\0", "?"))
     return path
 
@@ -540,15 +530,14 @@ class Tokenizer:
 
 
 class DetectionSet(Dataset):
-    """Frames with their boxes, `frames` at a time: 1 for SD (in training an item a frame), more for MD (an item a clip).
+    """Frames with their boxes, `frames` at a time: 1 for SD (an item a frame), more for MD (an item a clip).
 
-        frames  T x uint8 [3,h,w], in evaluation None for one that cannot be read     size  T x (w, h) of the boxes
-        boxes_cxcywh  T x [M,4], 0..1     labels  T x [M]     position  T x int, place of the frame in the clip
-    (boxes and labels in training only: an evaluation that looked at them would be none).
-    categories: the raw category ids in order of class. shortest: (lowest, highest, step) of the shortest side, drawn per
-    item in training (supplement, section 2.2), the highest in evaluation; longest: limit of the longest side, in pixels.
-    In evaluation a clip of more than `frames` frames makes several items that interleave, so each spans the clip;
-    every_frame=False: one item. augment=False: training pictures as in evaluation.
+    frames T x uint8 [3,h,w] (in evaluation None for one that cannot be read), boxes_cxcywh T x [M,4] in 0..1 and labels
+    T x [M] (in training only: an evaluation that looked at them would be none), size T x (w, h) of the boxes, position
+    T x int, a frame's place in the clip. categories: the raw ids in order of class. shortest: (lowest, highest, step)
+    of the shortest side, drawn in training (supplement, section 2.2), the highest in evaluation; longest: limit of
+    the longest side, in pixels. In evaluation a clip of more than `frames` frames makes several items that interleave,
+    so each spans the clip, or one without every_frame. augment=False: training pictures as in evaluation.
     """
 
     def __init__(self, lives, categories, frames, shortest, longest, train, seed=0, every_frame=True, augment=True):
@@ -609,25 +598,22 @@ class DetectionSet(Dataset):
         return item
 
     def _targets(self, rows, size):
-        """Pixel boxes [M,5] -> cxcywh in 0..1 [M,4], clipped to the picture, and classes [M]; what lies outside goes."""
+        """Pixel boxes [M,5] -> cxcywh in 0..1 [M,4] clipped to the picture, classes [M]; what lies outside goes."""
         xyxy = (rows[:, :4] / (*size, *size)).clip(0, 1).astype(np.float32)
         kept = (xyxy[:, 2:] > xyxy[:, :2]).all(1)
         unknown = [int(c) for c in rows[:, 4] if c not in self.categories]
         if unknown:
-            raise BadInput(f"{self.lives.root}: a training box has the category {unknown[0]} (-1: none given), expected "
-                           f"one of column 6: {list(self.categories)[:40]}")
+            raise BadInput(f"{self.lives.root}: a training box has the category {unknown[0]} (-1: none given), "
+                           f"expected one of column 6: {list(self.categories)[:40]}")
         labels = np.array([self.categories[int(c)] for c in rows[:, 4]], np.int64)
         boxes = np.concatenate([(xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]], 1)
         return torch.from_numpy(boxes[kept]), torch.from_numpy(labels[kept])
 
 
 def collate_detection(items, multiple=16):
-    """Items of DetectionSet -> a batch, its pictures padded to one size, a multiple of `multiple`.
-
-    frames uint8 [B,T,3,H,W], padding [B,T,H,W] (True = padded), valid [B,T] (False = no such frame, or it cannot be
-    read), boxes_cxcywh [B,T,M,4], labels [B,T,M] (-1: no box), size [B,T,2] (w, h of the boxes), clip [B],
-    position [B,T] (-1: no such frame), bad: list [B].
-    """
+    """Items -> frames uint8 [B,T,3,H,W], padding [B,T,H,W] (True = padded), valid [B,T] (False = no such frame, or it
+    cannot be read), boxes_cxcywh [B,T,M,4], labels [B,T,M] (-1: no box), size [B,T,2] (w, h of the boxes), clip [B],
+    position [B,T] (-1: no such frame), bad: list [B]; H and W are a multiple of `multiple`."""
     B = len(items)
     T = max([1] + [len(item["frames"]) for item in items])
     M = max([1] + [len(labels) for item in items for labels in item.get("labels", ())])
@@ -672,20 +658,15 @@ def to_float(pixels, statistics, padding=None):
 
 
 def true_boxes(lives):
-    """The annotated boxes in the form of predicted ones (see eval.seen_through): the first box of each frame.
-
-    Frames without one are left out, so that a clip is seen through the frames that show its product.
-    """
-    start, position, boxes = [0], [], []
+    """The first true box of each frame that has one, in the form of predicted ones (see eval.seen_through)."""
+    start, rows = [0], []
     for c in range(len(lives)):
         clip = lives.clip(c) if lives.split != "train" else lives.clip_or_none(c)
-        for t, rows in enumerate(clip.boxes or [] if clip else []):
-            if len(rows):
-                position.append(t)
-                boxes.append([*rows[0, :4], 1.0, rows[0, 4]])
-        start.append(len(position))
-    return {"start": np.array(start), "position": np.array(position, int),
-            "box": np.array(boxes, np.float32).reshape(-1, 6)}
+        given = clip.boxes if clip and clip.boxes else []
+        rows += [(t, *boxes[0, :4], 1.0, boxes[0, 4]) for t, boxes in enumerate(given) if len(boxes)]
+        start.append(len(rows))
+    table = np.array(rows).reshape(-1, 7)
+    return {"start": np.array(start), "position": table[:, 0].astype(int), "box": table[:, 1:].astype(np.float32)}
 
 
 def square_view(image, box_xyxy, side, margin=1.15):
@@ -699,13 +680,12 @@ def square_view(image, box_xyxy, side, margin=1.15):
 class PairSet(Dataset):
     """Clips with their shop image and texts, as RICE sees them.
 
-        frames uint8 [T,3,S,S]     valid [T], False where a short clip is filled up     keep [T,P] bool     asr [N]
-        title [N]     and in training: image uint8 [3,S,S]     product  the image's id as a number, -1 in an empty item
-    boxes: {"start" [clips+1], "position" [F], "box" [F,6]} = the boxes (x1 y1 x2 y2 in pixels; the rest is not read) of
-    clip c at rows start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" the whole frame
-    and which patches the box touches, "box" the square around the box. text: what is read, "asr", "title", "both" or
-    "none". Training draws `frames` of the clip's frames; evaluation takes `frames` at even intervals and leaves out what
-    cannot be read. augment=False: training pictures as in evaluation.
+    frames uint8 [T,3,S,S], valid [T] (False where a short clip is filled up), keep [T,P] bool, asr [N], title [N]; in
+    training image uint8 [3,S,S], product (the image's id as a number, -1 in an empty item). boxes: {"start" [clips+1],
+    "position" [F], "box" [F,6]} = the boxes (x1 y1 x2 y2 in pixels; the rest is not read) of clip c at rows
+    start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" also which patches the box
+    touches, "box" the square around the box. text: what is read, "asr", "title", "both" or "none". Training draws
+    `frames` of the clip's frames, evaluation takes them at even intervals. augment=False: as in evaluation.
     """
 
     def __init__(self, lives, tokenizer, frames, size, grid, view, boxes, train, seed=0, text="both", augment=True):
@@ -826,7 +806,7 @@ def shuffled(count):
 
 
 def live_by_live(live_of, per_live):
-    """Order of one epoch for RICE: groups of `per_live` clips of one live, so that a batch holds same-shop negatives."""
+    """Order of one epoch for RICE: groups of `per_live` clips of one live, so that a batch holds its own negatives."""
     lives = {}
     for i, live in enumerate(live_of):
         lives.setdefault(int(live), []).append(i)
@@ -891,7 +871,7 @@ SHOWN = (*KINDS["few"], "pair")
 ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}   # frames of 8 that do not show it, out of sight -> share of clips
 CLEAR = {"short": 1, "medium": 2, "long": 2}    # frames at least in which it is held alone, by visible duration
 INSTEAD = 0.4           # share of the frames without it in which another product is lifted
-SIMILAR = 0.25          # share of clips whose decoys are all of the product's own category: similar things shown together
+SIMILAR = 0.25          # share of clips whose decoys are all of the product's own category
 PAIR = 0.15             # share of clips with two products in view all the time; their ASR names category and colour
 SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}   # of the frame's side; a third each
 SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                    # products behind; a third each
@@ -907,13 +887,13 @@ CATEGORIES = {
     "hat": "E0 2 58 98 86|P0 26 68 33 20 67 20 74 68|P1 27 68 29 54 71 54 73 68",
     "sneaker": "P0 6 36 32 28 54 52 94 62 94 76 6 76|R1 4 73 96 86|L2 40 38 50 46 4|L2 34 36 46 52 4",
     "handbag": "A1 28 4 72 68 180 360 7|P0 12 36 88 36 96 94 4 94|R1 40 34 60 54",
-    "suitcase": "A2 36 2 64 36 180 360 6|R0 16 18 84 90|L1 34 18 34 90 5|L1 66 18 66 90 5|E2 20 86 32 98|E2 68 86 80 98",
+    "suitcase": "A2 36 2 64 36 180 360 6|R0 16 18 84 90|L1 34 18 34 90 5|L1 66 18 66 90 5|"
+                "E2 20 86 32 98|E2 68 86 80 98",
     "bottle": "R1 41 2 59 18|P0 42 18 58 18 70 36 70 97 30 97 30 36|R1 30 56 70 76",
     "umbrella": "L2 50 50 50 92 5|A2 50 82 68 98 0 180 5|C0 2 6 98 98 180 360|L1 50 6 50 52 3",
     "plate": "E0 2 14 98 86|E1 24 32 76 68",
     "shirt": "P0 32 8 68 8 98 30 86 50 74 40 74 94 26 94 26 40 14 50 2 30|P1 42 8 58 8 50 22",
-    "dress": "P0 36 4 64 4 62 40 92 96 8 96 38 40|R1 37 38 63 46",
-    "skirt": "P0 30 14 70 14 96 88 4 88|R1 29 10 71 20",
+    "dress": "P0 36 4 64 4 62 40 92 96 8 96 38 40|R1 37 38 63 46", "skirt": "P0 30 14 70 14 96 88 4 88|R1 29 10 71 20",
     "coat": "P0 32 4 68 4 98 60 84 66 76 40 78 97 22 97 24 40 16 66 2 60|L1 50 6 50 97 4|E2 54 40 60 46|E2 54 60 60 66",
     "sock": "P0 34 4 66 4 66 56 90 76 84 92 64 94 34 70|R1 33 4 67 18",
     "glove": "P0 30 96 30 52 14 40 22 30 34 42 36 8 46 8 48 36 52 4 62 6 60 38 68 12 76 14 72 60 68 96|R1 29 84 69 96",
@@ -926,17 +906,14 @@ CATEGORIES = {
     "ring": "A0 16 26 84 96 0 360 10|P1 50 2 68 18 50 36 32 18",
     "necklace": "A0 10 -40 90 80 0 180 7|P1 50 66 64 82 50 98 36 82",
     "glasses": "A0 2 30 44 72 0 360 8|A0 56 30 98 72 0 360 8|L0 42 48 58 48 6|E1 10 38 36 64|E1 64 38 90 64",
-    "lipstick": "R2 34 58 66 98|R0 36 36 64 60|P1 40 36 40 14 60 4 60 36",
-    "cream jar": "R0 12 36 88 92|R1 10 16 90 40",
+    "lipstick": "R2 34 58 66 98|R0 36 36 64 60|P1 40 36 40 14 60 4 60 36", "cream jar": "R0 12 36 88 92|R1 10 16 90 40",
     "perfume": "R0 16 38 84 96|R2 42 26 58 40|E1 36 4 64 30",
     "mug": "A0 58 30 96 76 270 90 9|R0 12 16 72 92|L1 12 26 72 26 5",
     "teapot": "A0 70 30 98 76 270 90 7|P0 26 60 2 30 10 26 36 44|E0 18 30 82 92|E1 40 20 60 36",
     "pan": "R2 58 44 99 56|E0 2 20 66 82|E1 14 32 54 70",
-    "lamp": "P0 32 4 68 4 92 52 8 52|R2 46 52 54 88|E1 28 84 72 97",
-    "pillow": "R0 4 20 96 80|A1 10 26 90 74 0 360 3",
+    "lamp": "P0 32 4 68 4 92 52 8 52|R2 46 52 54 88|E1 28 84 72 97", "pillow": "R0 4 20 96 80|A1 10 26 90 74 0 360 3",
     "racket": "R2 45 54 55 98|A0 22 2 78 62 0 360 7|L1 50 4 50 60 2|L1 24 32 76 32 2",
-    "phone": "R0 26 2 74 98|R2 31 12 69 84|E1 45 87 55 96",
-    "book": "R0 14 6 86 94|L1 24 6 24 94 7|R1 40 22 78 40",
+    "phone": "R0 26 2 74 98|R2 31 12 69 84|E1 45 87 55 96", "book": "R0 14 6 86 94|L1 24 6 24 94 7|R1 40 22 78 40",
 }
 PATTERNS = ("plain", "striped", "barred", "slanted", "dotted", "checked")
 LOGOS = {"": "", "star": "P0 50 0 62 38 100 38 70 60 80 98 50 74 20 98 30 60 0 38 38 38", "disc": "E0 5 5 95 95",
@@ -993,7 +970,7 @@ def _lookalike(rng, product):
 
 
 def _products(rng, categories, count, decoys):
-    """The products of a live, no two alike, and the number of the first of those that each is a copy of or copied by."""
+    """The products of a live, no two alike, and of each the number of the product that its copies began with."""
     names = [*QUICKSTART, *(name for name in CATEGORIES if name not in QUICKSTART)][:categories]
     if decoys == "same":                              # few categories in equal parts, so that each has decoys
         names = [str(name) for name in rng.permutation(names)[:max(1, min(4, count // 4))]]
@@ -1044,8 +1021,8 @@ def _asr(rng, product, pair):
     name = [HUES[product["hue"]]] * (pair or rng.random() < 0.5) + [product["pattern"]] * (rng.random() < 0.3)
     name += [product["category"]] * (pair or rng.random() < 0.6)
     said.insert(int(rng.integers(4)), " ".join(name))
-    any_word = [*HUES, *CATEGORIES, *" ".join(CHATTER).split()]
-    return " ".join(str(rng.choice(any_word)) if rng.random() < WRONG_WORDS else word for word in " ".join(said).split())
+    any_word, words = [*HUES, *CATEGORIES, *" ".join(CHATTER).split()], " ".join(said).split()
+    return " ".join(str(rng.choice(any_word)) if rng.random() < WRONG_WORDS else word for word in words)
 
 
 def _place(canvas, sprite, rng, x, y, size, tilt=20):
@@ -1118,8 +1095,9 @@ def _frame(rng, scene, sprites, product, others, companion, kind, size, look, si
     for which, (x, y) in zip(rng.permutation(in_hands).astype(int), rng.permutation(hands)):  # which hand tells nothing
         amount = size * rng.uniform(0.92, 1.08)
         boxes[which] = _place(frame, sprites[which], rng, x, y - 0.12 * amount * side, amount * side)
-        for finger in (x - 4 * unit, x, x + 4 * unit):
-            draw.ellipse([finger - 2.2 * unit, y, finger + 2.2 * unit, y + 8 * unit], fill=skin)
+        for finger in range(3):
+            fx, fy = x + (finger - 1) * 4 * unit, y + 4 * unit
+            draw.ellipse([fx - 2.2 * unit, fy - 4 * unit, fx + 2.2 * unit, fy + 4 * unit], fill=skin)
     box = boxes.get(product)
     if kind == "occluded":                                              # a palm over a third to a half of the product
         x, y = rng.uniform(box[0], box[2]), rng.uniform(box[1], box[3])
@@ -1195,9 +1173,9 @@ def _render_live(job):
             picture, box = _frame(rng, scene, sprites, product, others, companion, kind, size, look, side)
             picture.save(root / "frames" / f"{frame_id}.jpg", quality=85)
             boxes.append(box or [])
-        name, image_id = products[product]["category"], list(titles)[product]
+        name, (image_id, title) = products[product]["category"], list(titles.items())[product]
         clips.append({
-            "video_id": video_id, "frame_ids": frame_ids, "boxes": boxes, "image_id": image_id, "title": titles[image_id],
+            "video_id": video_id, "frame_ids": frame_ids, "boxes": boxes, "image_id": image_id, "title": title,
             "category": list(CATEGORIES).index(name), "name": name, "asr": asr, "scale": scale,
             "duration": _duration(sum(map(bool, boxes)) / frames), "number": crowd, "kinds": kinds,
             "two in view": companion is not None, "near-identical": family.count(family[product]) > 1})
@@ -1217,7 +1195,8 @@ NUMBERS = {                # of a rendering: default, least, most, meaning
     "gallery": (50, 4, 1_000_000, "products (and clips) of a val or test live"),
     "frames": (8, 4, 9999, "frames of a clip, one a second"),
     "size": (96, 32, 4096, "side of a frame in pixels"),
-    "categories": (8, 1, 34, f"how many of the 34 categories; the first 8 are {', '.join(QUICKSTART)}")}
+    "categories": (len(QUICKSTART), 1, len(CATEGORIES),
+                   f"how many of the {len(CATEGORIES)} categories; the first 8 are {', '.join(QUICKSTART)}")}
 
 
 def render(root, decoys="natural", processes=None, progress=True, **numbers):
@@ -1226,10 +1205,12 @@ def render(root, decoys="natural", processes=None, progress=True, **numbers):
     Products of different lives are different ones. decoys: "natural", any other product of the live, or "same", only
     those of the intended product's category (a stress test). The folder appears when it is complete.
     """
-    options = {name: default for name, (default, *_) in NUMBERS.items()} | numbers | {"decoys": decoys}
-    for name, (_, least, most, _) in NUMBERS.items():
-        if not least <= options[name] <= most:
-            raise BadInput(f"--{name.replace('_', '-')} {options[name]}: expected {least} to {most}")
+    options = {name: default for name, (default, *_) in NUMBERS.items()} | numbers
+    for name, number in options.items():
+        _, least, most, _ = NUMBERS[name]
+        if not least <= number <= most:
+            raise BadInput(f"--{name.replace('_', '-')} {number}: expected {least} to {most}")
+    options["decoys"] = decoys
     root = Path(root)
     if root.exists():
         raise BadInput(f"{root} exists; render into another folder or remove it first")
@@ -1240,21 +1221,14 @@ def render(root, decoys="natural", processes=None, progress=True, **numbers):
         output_folder(work / folder)
     counts = {"train": options["lives"], "val": options["val_lives"], "test": options["test_lives"]}
     jobs = [(work, split, n, options) for split, count in counts.items() for n in range(count)]
-    clips = {"train": max(options["clips"], options["products"]), "val": options["gallery"], "test": options["gallery"]}
-    total = options["frames"] * sum(count * clips[split] for split, count in counts.items())
-    done = {"train": [], "val": [], "test": []}
-    with _processes(processes) as pool, \
-            tqdm(total=total, unit="frame", desc=f"render {root}", disable=not progress) as bar:
-        for split, *live in pool.imap(_render_live, jobs):
+    done = {split: [] for split in counts}
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        rendered = pool.imap(_render_live, jobs)
+        for split, *live in tqdm(rendered, f"render {root}", len(jobs), unit="live", disable=not progress):
             done[split].append(live)
-            bar.update(len(live[1]) * options["frames"])
     for split, lives in done.items():
         _write_texts(work / "annotations", _annotations(split, lives) if lives else {})
     work.rename(root)
-
-
-def _processes(count):
-    return multiprocessing.get_context("spawn").Pool(max(1, count or os.cpu_count()))
 
 
 def _annotations(split, lives):
@@ -1292,24 +1266,25 @@ def _write_texts(folder, texts):
 
 
 def check(root, processes=None):
-    """Print what is in a data folder and what is wrong with it (ten of each kind) -> True when more than 1 % of anything
-    is unusable."""
+    """Print what is in a folder and what is wrong with it -> True when more than 1 % of anything is unusable."""
     root, found, boxes, images = Path(root), {}, Counter(), set()
     starts = {"train": "training_videoinfo", "val": "val", "test": "test"}
     splits = [split for split, start in starts.items() if any((root / "annotations").glob(f"{start}_*"))]
     if not splits:
         raise BadInput(f"{root}/annotations: no training_videoinfo_*.txt and no test files; "
                        "is this a data folder in the LPR4M layout?")
-    with _processes(processes) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for split in splits:
+            _add(found, "files", [], 1)
             try:
                 lives = Lives(root, split, lambda text: _add(found, "rows", [text]))
-                _add(found, "files", [], 1)
-                _check_split(lives, pool, found, boxes, images)
             except BadInput as error:
-                _add(found, "files", [str(error)], 1)
-        looked_at = pool.imap_unordered(_check_image, ((root, image_id) for image_id in sorted(images)), chunksize=64)
-        for bad in tqdm(looked_at, total=len(images), unit="image", desc="check images"):
+                _add(found, "files", [str(error)])
+                continue
+            _check_split(lives, pool, found, boxes, images)
+        jobs = ((root, (), None, [image_id]) for image_id in sorted(images))
+        looked_at = pool.imap_unordered(_look, jobs, chunksize=64)
+        for _, bad, _ in tqdm(looked_at, "check images", len(images), unit="image"):
             _add(found, "images", bad, 1)
     print(f"boxes: {boxes['kept']} whole, {boxes['clipped']} stick out of the picture and are clipped, "
           f"{boxes['dropped']} without area or outside are dropped")
@@ -1348,8 +1323,8 @@ def _check_split(lives, pool, found, boxes, images):
                 for name, text in (("ASR", clip.asr), ("title", clip.title)):
                     said.update({name: bool(text), f"{name} words": len(text.split())})
                 _add(found, "clips without frames", [] if clip.frame_ids else [clip.video_id])
-                waiting.append((lives.root, clip.frame_ids, clip.boxes))
-            for frames, bad, tally in pool.imap_unordered(_check_frames, waiting, chunksize=8):
+                waiting.append((lives.root, clip.frame_ids, clip.boxes, ()))
+            for frames, bad, tally in pool.imap_unordered(_look, waiting, chunksize=8):
                 _add(found, "frames", bad, frames)
                 boxes.update(tally)
             bar.update(min(1000, len(lives) - low))
@@ -1369,13 +1344,13 @@ def _check_split(lives, pool, found, boxes, images):
           f"annotated; {texts}", *(f"    {name}: {count}" for name, count in sorted(counts.items())), sep="\n")
 
 
-def _check_frames(job):
-    """Frames of a clip -> how many, what is wrong with them, and how their boxes lie in the picture."""
-    root, frame_ids, boxes = job
-    bad, tally = [], Counter()
-    for t, frame_id in enumerate(frame_ids):
+def _look(job):
+    """Frames of a clip, or shop images -> how many, what is wrong with them, and how boxes lie in the frames."""
+    root, frame_ids, boxes, image_ids = job
+    lives, bad, tally = Lives.pictures(root), [], Counter()
+    for t, name in enumerate([*frame_ids, *image_ids]):
         try:
-            _, (width, height) = Lives.pictures(root).frame(frame_id)
+            _, (width, height) = lives.frame(name) if t < len(frame_ids) else (lives.image(name), (0, 0))
         except BadInput as error:
             bad.append(str(error))
             continue
@@ -1383,34 +1358,19 @@ def _check_frames(job):
             outside = min(x2, width) <= max(x1, 0) or min(y2, height) <= max(y1, 0)
             sticks = x1 < 0 or y1 < 0 or x2 > width or y2 > height
             tally["dropped" if outside else "clipped" if sticks else "kept"] += 1
-    return len(frame_ids), bad, tally
-
-
-def _check_image(job):
-    """A shop image -> what is wrong with it, a list of one text or none."""
-    root, image_id = job
-    try:
-        Lives.pictures(root).image(_safe_id(image_id, f"{root}/images"))
-        return []
-    except BadInput as error:
-        return [str(error)]
+    return len(frame_ids) + len(image_ids), bad, tally
 
 
 def _check_partners(lives, found):
-    """Ids of a test split that have to meet: clips, true images, galleries, titles, splits; and the counts in file names."""
-    apart = {"lives without a gallery": [], "clips whose true images are not in their gallery": [],
-             "ids without a partner": [f"{v}: no ASR row" for v in lives.video_ids if v not in lives.asr]}
-    for video_id in lives.video_ids if lives.galleries else ():
-        gallery = lives.galleries.get(live_of(video_id))
-        if gallery is None:
-            apart["lives without a gallery"].append(live_of(video_id))
-        elif not set(lives.positives.get(video_id, ())) & set(gallery):
-            apart["clips whose true images are not in their gallery"].append(video_id)
-    for (name, value), members in lives.members.items():
-        apart["ids without a partner"] += [f"{lives.split}_{name}_{value}.txt: {video_id} is no clip"
-                                           for video_id in sorted(members - set(lives.video_ids))]
-    for kind, texts in apart.items():
-        _add(found, kind, texts, len(lives))
+    """What of a test split has to meet: clips, true images, galleries, titles, splits; the counts in file names."""
+    galleries = {v: lives.galleries.get(live_of(v)) for v in lives.video_ids if lives.galleries}
+    apart = [v for v, ids in galleries.items() if ids is not None and not set(lives.positives.get(v, ())) & set(ids)]
+    alone = [f"{v}: no ASR row" for v in lives.video_ids if v not in lives.asr]
+    alone += [f"{lives.split}_{name}_{value}.txt: {v} is no clip" for (name, value), members in lives.members.items()
+              for v in sorted(members - set(lives.video_ids))]
+    _add(found, "lives without a gallery", [live_of(v) for v, ids in galleries.items() if ids is None], len(lives))
+    _add(found, "clips whose true images are not in their gallery", apart, len(lives))
+    _add(found, "ids without a partner", alone, len(lives))
     shown = {image_id for gallery in lives.galleries.values() for image_id in gallery}
     print(f"{lives.split}: {len(lives.galleries)} galleries of {len(shown)} images, "
           f"{sum(bool(lives.titles.get(image_id)) for image_id in shown)} with a title")
@@ -1502,7 +1462,7 @@ def movingfashion(source, root, processes=None):
         gallery += [image_id] if split == "test" else []
         videos += [(split, image_id, f"movingfashion-{number}-{n}", inside(source / path, source).resolve())
                    for n, path in enumerate(paths)]
-    with ThreadPool(max(1, processes or os.cpu_count())) as pool:
+    with ThreadPool(processes) as pool:
         cut = pool.imap(lambda video: _cut_video(*video[2:], root / "frames"), videos)
         counts = list(tqdm(cut, total=len(videos), unit="video", desc=f"cut {source}"))
     rows, test = [], {}
@@ -1517,12 +1477,12 @@ def movingfashion(source, root, processes=None):
         "test_videoid_asr_movingfashion.txt": "".join(f"{video_id}\t\n" for video_id in test),
         "test_videoid_to_gtimage_movingfashion.json": json.dumps(test),
         "test_liveid_to_gallery_movingfashion.json": json.dumps({"movingfashion": gallery})})
-    print(f"{len(rows) + len(test)} videos of {len(videos)} cut into {sum(counts)} frames; {counts.count(0)} could not be "
-          f"read; {len(products)} shop images. Train with: python train.py --stage rice --view frame --data {root}")
+    print(f"{len(rows) + len(test)} videos of {len(videos)} cut into {sum(counts)} frames; {counts.count(0)} could not "
+          f"be read; {len(products)} shop images. Train with: python train.py --stage rice --view frame --data {root}")
 
 
 def _fashion(path):
-    """The products of a JSON file of MovingFashion, {key: {img_path, video_paths, source}}: (key, image, [video, ...])."""
+    """A JSON file of MovingFashion, {key: {img_path, video_paths, source}} -> [(key, image, [video, ...])]."""
     try:
         products = []
         for key, entry in json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object).items():
@@ -1540,13 +1500,16 @@ def _cut_video(video_id, path, frames):
     """One frame a second of a video into frames/VIDEO_ID-INDEX.jpg -> how many; 0 when ffmpeg cannot read it."""
     if not (frames / f"{video_id}-0000.jpg").exists():
         with tempfile.TemporaryDirectory(dir=frames, prefix=".cut-") as work:
-            failed = subprocess.run(["ffmpeg", "-v", "error", "-nostdin", "-i", f"file:{path}", "-vf", "fps=1", "-q:v", "3",
-                                     "-start_number", "0", "-threads", "1", f"{work}/%04d.jpg"], capture_output=True).returncode
-            if failed:
+            command = ["ffmpeg", "-v", "error", "-nostdin", "-i", f"file:{path}", "-vf", "fps=1", "-q:v", "3",
+                       "-start_number", "0", "-threads", "1", f"{work}/%04d.jpg"]
+            if subprocess.run(command, capture_output=True).returncode or not os.listdir(work):
                 return 0
-            for name in sorted(os.listdir(work), reverse=True):    # the first frame comes last: when it is there, all are
+            for name in sorted(os.listdir(work), reverse=True):    # the first frame comes last: once there, all are
                 os.replace(f"{work}/{name}", f"{frames}/{video_id}-{name}")
-    return next(count for count in itertools.count() if not (frames / f"{video_id}-{count:04d}.jpg").exists())
+    count = 1
+    while (frames / f"{video_id}-{count:04d}.jpg").exists():
+        count += 1
+    return count
 
 
 # ------------------------------------------------------------------ a room of its own: the commands
@@ -1554,48 +1517,47 @@ def _cut_video(video_id, path, frames):
 
 def main(argv=None):
     parser = Parser(description="Livestream data in the LPR4M layout: render, check, convert.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name, text, **folders):
+    def add(name, text, run, **folders):
         command = commands.add_parser(name, help=text, description=text,
                                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(run=run)
         for folder, about in folders.items():
             command.add_argument(folder, help=about)
-        if name not in ("link", "dedup"):
-            command.add_argument("--processes", type=int, default=os.cpu_count(), help="processes at work")
         return command
 
+    def duplicates(given):
+        import eval as evaluation                      # the one look upstairs: features need a model
+        evaluation.duplicates(given.ckpt, given.dir, given.threshold)
+
     here = "data folder in the LPR4M layout"
-    command = add("render", "render livestreams with boxes, shop images, titles and ASR", dir="folder to write; must not exist")
+    command = add("render", "render livestreams with boxes, shop images, titles and ASR", lambda given: render(
+        given.dir, given.decoys, given.processes, **{name: getattr(given, name) for name in NUMBERS}),
+        dir="folder to write; must not exist")
     for name, (default, _, _, about) in NUMBERS.items():
         command.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=about)
-    command.add_argument("--decoys", choices=["natural", "same"], default="natural", help="the other products in view: any "
-                         "of the live, or only those of the intended one's category (a stress test)")
+    command.add_argument("--decoys", choices=["natural", "same"], default="natural", help="the other products in view: "
+                         "any of the live, or only those of the intended one's category (a stress test)")
     add("check", "count what is in a data folder and list what is wrong; status 1 when more than 1 %% of anything is "
-        "unusable", dir=here)
-    add("link", "put what img2dataset downloaded into frames/ and images/", download="img2dataset's output folder", dir=here)
+        "unusable", lambda given: sys.exit(int(check(given.dir, given.processes))), dir=here)
+    add("link", "put what img2dataset downloaded into frames/ and images/",
+        lambda given: link(given.download, given.dir), download="img2dataset's output folder", dir=here)
     add("movingfashion", "convert MovingFashion (needs the program ffmpeg)",
+        lambda given: movingfashion(given.source, given.dir, given.processes),
         source="folder with train.json, test.json, videos/, imgs/", dir=here)
-    command = add("dedup", "list near-duplicate shop images; writes DIR/duplicates.txt, deletes nothing", dir=here)
+    for name in ("render", "check", "movingfashion"):
+        commands.choices[name].add_argument("--processes", type=int, default=os.cpu_count(), help="processes at work")
+    command = add("dedup", "list near-duplicate shop images; writes DIR/duplicates.txt, deletes nothing", duplicates,
+                  dir=here)
     command.add_argument("--ckpt", required=True, help="a RICE checkpoint, whose image features are compared")
     command.add_argument("--threshold", type=float, default=0.9, help="cosine above which two images are one")
-    options = parser.parse_args(argv)
-    if getattr(options, "processes", 1) < 1:
-        parser.error(f"--processes {options.processes}: expected 1 or more")
-    if options.command == "render":
-        numbers = {name: getattr(options, name) for name in NUMBERS}
-        guarded(lambda: render(options.dir, options.decoys, options.processes, **numbers))
-    elif options.command == "check":
-        sys.exit(int(guarded(check, options.dir, options.processes)))
-    elif options.command == "link":
-        guarded(link, options.download, options.dir)
-    elif options.command == "movingfashion":
-        guarded(movingfashion, options.source, options.dir, options.processes)
-    else:
-        import eval as evaluation                      # the one look upstairs: features need a model
-        guarded(evaluation.duplicates, options.ckpt, options.dir, options.threshold)
+    given = parser.parse_args(argv)
+    if getattr(given, "processes", 1) < 1:
+        parser.error(f"--processes {given.processes}: expected 1 or more")
+    guarded(given.run, given)
 
 
 if __name__ == "__main__":
-    from data import main as command       # one module of this name, so that its errors are the ones that `guarded` knows
+    from data import main as command       # one module of this name, so that `guarded` knows its errors
     command()
