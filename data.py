@@ -1,14 +1,14 @@
 """Livestreams: the LPR4M layout on disk, samples and batches, and a renderer that writes the same layout.
 
-    python data.py render runs/livestreams                    the quickstart's data (half a minute on two cores)
+    python data.py render runs/livestreams                the quickstart's data (half a minute on two cores)
     python data.py render DIR --seed 1 --lives 200 --categories 34 --size 160
-    python data.py check DIR                              what is in a folder, and what is wrong with it, by file and row
+    python data.py check DIR                              what is in a folder and what is wrong with it, by file and row
     python data.py link DOWNLOAD DIR                      img2dataset's output -> frames/ and images/
     python data.py movingfashion SOURCE DIR               MovingFashion -> this layout (needs the program ffmpeg)
     python data.py dedup DIR --ckpt runs/tiny/rice.pt     near-duplicate shop images
 
     DIR/annotations/training_videoinfo_*.txt       a clip a row, 11 columns by tab: video_id, frame_id list, box list,
-                                                   image_id, title, category id, category name, ASR, scale, duration, number
+                                          image_id, title, category id, category name, ASR, scale, duration, number
     DIR/annotations/SPLIT_videoid_asr_*.txt        video_id, ASR                                SPLIT is test or val
     DIR/annotations/SPLIT_image_title_*.txt        image_id, title
     DIR/annotations/SPLIT_videoid_to_gtimage_*.json    {video_id: [image_id, ...]}
@@ -18,12 +18,16 @@
     DIR/annotations/SPLIT_frameid2kind_*.json          {frame_id: kind}, only in rendered data
     DIR/annotations/SPLIT_case_{two-in-view,near-identical}.txt    video ids, only in rendered data
     DIR/frames/FRAME_ID.jpg    DIR/images/IMAGE_ID.jpg     (or .png; or one level down, in FRAME_ID[:2]/)
-    DIR/frames/FRAME_ID.json   img2dataset's side file: original_width, original_height of a frame that was stored smaller
+    DIR/frames/FRAME_ID.json   img2dataset's side file: original_width, original_height of a frame stored smaller
 
     video_id = live_id-start_ms-end_ms,  frame_id = video_id-index.  A live id may hold hyphens itself.
 
 Data flow:  Lives (rows of text) -> Clip (ids, boxes, texts) -> DetectionSet or PairSet (tensors of one sample)
             -> batches (collate_detection pads) by StepSampler, in an order that is a function of (seed, step) alone.
+
+Items:  asked for by (epoch, i), augmented as a function of (seed, epoch, i) alone; a dict of `clip`, the clip's number
+        in the split, `bad`, what could not be read ("": nothing), and what its set's docstring lists. A training item
+        of which anything cannot be read is empty; in evaluation only the frame that cannot be read is missing.
 
 Letters: B batch, T frames, M boxes of a frame, H W pixels, S side of a square view, P patches, N tokens of a text.
 """
@@ -44,12 +48,13 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from array import array
+from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 import torch
 import torchvision.io
 from PIL import Image, ImageDraw, ImageFilter
@@ -57,21 +62,20 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-# torchvision's decoder is the fastest of those at hand for JPEG (540 x 960 to 480: 3.3 ms of one core with the resize, Pillow's
+# torchvision's JPEG decoder is the fastest at hand (540 x 960 to 480: 3.3 ms of one core with the resize, Pillow's
 # draft mode 8.6; to 224: 3.5 and 3.7); since 0.29 every call announces its successor, another package.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision are deprecated")
-warnings.filterwarnings("ignore", category=SyntaxWarning, message="invalid escape sequence")  # of a list in a row; says no file
-warnings.filterwarnings("ignore", message="Detected pickle protocol")            # of a checkpoint that is none, which is refused anyway
+# What Python says of a list in a row, and torch of a checkpoint that is none, names no file; ours is the one line.
+warnings.filterwarnings("ignore", message="invalid escape sequence", category=SyntaxWarning)
+warnings.filterwarnings("ignore", message="Detected pickle protocol")
 
 SPLITS = {"scale": ("small", "medium", "large"), "duration": ("short", "medium", "long"),
           "number": ("abundant", "medium", "few")}
-CASES = ("two in view", "near-identical")        # clips that only words, clips that only details can tell (rendered data)
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                        # what DAB-DETR's weights expect
-CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what CLIP's weights expect
-
-
-LARGEST = 100_000_000                             # pixels of a picture; a file that claims more would take the memory of all
-Image.MAX_IMAGE_PIXELS = None                     # Pillow's own limit, which warns first
+CASES = ("two in view", "near-identical")     # clips that only words, clips that only details can tell (rendered data)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                               # what DAB-DETR's weights expect
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)      # what CLIP's weights expect
+LARGEST = 100_000_000                         # pixels of a picture; a file that claims more would take all memory
+Image.MAX_IMAGE_PIXELS = None                 # Pillow's own limit, which warns first
 
 
 class BadInput(Exception):
@@ -97,8 +101,7 @@ def guarded(command, *arguments):
 
 @contextlib.contextmanager
 def whole(path, mine=""):
-    """A name to write to that becomes `path` at the end: the file is there whole or not at all. mine: what tells apart
-    the names of processes that may write the same file."""
+    """A name to write to that becomes `path` at the end; `mine` tells apart processes that may write the same file."""
     part = f"{path}{mine}.part"
     try:
         yield part
@@ -130,21 +133,17 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass
 class Clip:
-    """One clip; boxes[t] is [n, 5] = x1 y1 x2 y2 in pixels and the raw category id (-1: not known), n >= 0.
-
-    `boxes` is None when nobody annotated the clip; `kinds` tells how a rendered frame was staged; `splits` are a training
-    row's scale, visible duration and number of products; `dropped` counts boxes without area, which are left out.
-    """
+    """One clip; boxes[t] is [n, 5] = x1 y1 x2 y2 in pixels and the raw category id (-1: not known), n >= 0."""
     video_id: str
     frame_ids: list
-    boxes: list | None
+    boxes: list | None          # None: nobody annotated the clip
     image_ids: list
     title: str
     asr: str
-    kinds: list | None = None
+    kinds: list | None = None   # how each frame was staged, in rendered test data
     category: int = -1
-    splits: tuple = ()
-    dropped: int = 0
+    splits: tuple = ()          # a training row's scale, visible duration and number of products
+    dropped: int = 0            # boxes without area, which are left out
 
 
 def live_of(video_id):
@@ -155,22 +154,19 @@ def live_of(video_id):
 def _literal(text, where):
     """A list written as JSON or as a Python literal; never evaluated as code."""
     for read in (json.loads, ast.literal_eval):
-        try:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             value = read(text)
-            break
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            value = None
-    if not isinstance(value, list):
-        raise BadInput(f"{where}: expected a list such as [\"a\", \"b\"], found {text[:40]!r}")
-    return value
+            if isinstance(value, list):
+                return value
+    raise BadInput(f"{where}: expected a list such as [\"a\", \"b\"], found {text[:40]!r}")
 
 
 def _object(pairs):
     """A JSON object in which no key stands twice, for the last one would win unseen."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        seen = set()
-        raise ValueError(f"{ascii(next(key for key, _ in pairs if key in seen or seen.add(key)))[:60]} stands twice")
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{ascii(key)[:60]} stands twice")
     return value
 
 
@@ -182,69 +178,26 @@ def _safe_id(name, where):
 
 
 def _boxes(entry, category, where):
-    """Boxes of one frame [n,5], from one flat box or a list of boxes of 4 or 5 numbers; zeros or nothing: no box."""
+    """What is given for one frame -> its boxes [n,5], and how many without area were left out.
+
+    Given is a flat box or a list of boxes, each of 4 numbers or 5 (the last its category); zeros or nothing: no box.
+    """
     rows = entry if isinstance(entry, list) else [entry]
     rows = rows if all(isinstance(row, list) for row in rows) else [rows]
-    out = []
-    for row in rows:
-        if row and (len(row) not in (4, 5) or not all(type(v) in (int, float) and abs(v) < 2 ** 53 for v in row)):
+    boxes, dropped = [], 0
+    for row in filter(None, rows):
+        if len(row) not in (4, 5) or not all(type(v) in (int, float) and abs(v) < 2 ** 53 for v in row):
             raise BadInput(f"{where}: expected x1, y1, x2, y2 and perhaps a category, found {str(row)[:60]}")
-        if row and row[2] > row[0] and row[3] > row[1]:
-            out.append([*row[:4], row[4] if len(row) == 5 else category])
-    return np.asarray(out, np.float64).reshape(-1, 5)
+        if row[2] > row[0] and row[3] > row[1]:
+            boxes.append([*row[:4], row[4] if len(row) == 5 else category])
+        else:
+            dropped += any(row[:4])
+    return np.asarray(boxes, np.float64).reshape(-1, 5), dropped
 
 
 ROW = np.dtype([("offset", "i8"), ("product", "i8"), ("live", "i8"), ("row", "i4"), ("length", "i4"),
                 ("annotated", "?")])                                                    # 33 bytes a clip
 ROW_BYTES = struct.Struct("=qqqii?")
-
-
-def _index(path, complain=None):
-    """One pass over a training file -> what is known of each row [rows] of ROW without parsing it, and {category id: name}.
-
-    complain(text): what to do with a row that is none; it is left out then (by default it is an error). Kept in a file
-    beside it (when the folder can be written to) and made again when the training file's size or time changes.
-    """
-    stamp = [path.stat().st_size, path.stat().st_mtime_ns]
-    kept = path.with_name(f".{path.name}.index.npz")
-    try:
-        with np.load(kept) as saved:
-            if not complain and saved["stamp"].tolist() == stamp and saved["rows"].dtype == ROW:
-                return saved["rows"], {int(raw): str(name) for raw, name in zip(saved["ids"], saved["names"])}
-    except Exception:                                            # none, or a torn one, which raises whatever its bytes lead to:
-        pass                                                     # it is made again
-    packed, categories, offset = bytearray(), {}, 0
-    with open(path, "rb") as file, tqdm(total=stamp[0], unit="B", unit_scale=True, desc=f"index {path.name}", delay=2, leave=False) as bar:
-        for row, line in enumerate(file, 1):
-            columns, start, wrong = line.rstrip(b"\r\n").split(b"\t"), offset, ""
-            offset += len(line)
-            if len(columns) != 11:
-                wrong = f"{path}:{row}: expected 11 columns by tab, found {len(columns)}"
-            elif columns[5].strip() and not (columns[5].strip().isdigit() and len(columns[5].strip()) < 16):
-                wrong = f"{path}:{row}: category id: expected a whole number, found {columns[5][:40]!r}"
-            if wrong and not complain:
-                raise BadInput(wrong)
-            if wrong:
-                complain(wrong)
-                continue
-            # A box list of [] was never annotated: no detector may learn from it that nothing is there.
-            annotated = len(columns[2]) > 8 or columns[2].translate(None, b" ") not in (b"", b"[]")
-            packed += ROW_BYTES.pack(start, *_numbers(columns), row,
-                                     columns[1].count(b",") + (columns[1].strip(b" []") != b""), annotated)
-            raw = columns[5].strip()
-            if raw and int(raw) not in categories:
-                categories[int(raw)] = columns[6].decode(errors="replace")
-            if row % 1000 == 0:
-                bar.update(offset - bar.n)
-    rows = np.frombuffer(packed, ROW)
-    if complain:
-        return rows, categories
-    try:
-        with whole(kept, f".{os.getpid()}") as part, open(part, "wb") as file:
-            np.savez(file, stamp=stamp, rows=rows, ids=list(categories), names=np.array(list(categories.values()), str))
-    except OSError:
-        pass                                                     # a folder that is not ours to write to
-    return rows, categories
 
 
 def _number(name):
@@ -253,25 +206,61 @@ def _number(name):
 
 
 def _numbers(columns):
-    """The numbers that stand for the image and the live of a training row's columns."""
+    """The numbers that stand for the image and the live of a training row's columns (bytes)."""
     return _number(columns[3].strip()), _number(columns[0].rsplit(b"-", 2)[0])
 
 
-def _count(entry):
-    """How many boxes an entry of a box list gives; all zeros is a way to write none."""
-    rows = entry if isinstance(entry, list) and all(isinstance(row, list) for row in entry) else [entry]
-    return sum(bool(row) and any(row[:4]) for row in rows)
+def _index(path, complain=None):
+    """One pass over a training file -> [rows] of ROW, and {category id: name}.
+
+    Kept in a file beside it, where the folder can be written to, until the training file's size or time changes.
+    complain(text): told of every row that is none, which is left out then; without it the first one is an error.
+    """
+    stamp = [path.stat().st_size, path.stat().st_mtime_ns]
+    kept = path.with_name(f".{path.name}.index.npz")
+    with contextlib.suppress(Exception), np.load(kept) as saved:      # none, or torn: raises whatever its bytes lead to
+        if not complain and saved["stamp"].tolist() == stamp and saved["rows"].dtype == ROW:
+            return saved["rows"], {int(raw): str(name) for raw, name in zip(saved["ids"], saved["names"])}
+    packed, categories, offset = bytearray(), {}, 0
+    bar = tqdm(total=stamp[0], unit="B", unit_scale=True, desc=f"index {path.name}", delay=2, leave=False)
+    with bar, open(path, "rb") as file:
+        for row, line in enumerate(file, 1):
+            columns, start, wrong = line.rstrip(b"\r\n").split(b"\t"), offset, ""
+            offset += len(line)
+            bar.update(len(line))
+            raw = columns[5].strip() if len(columns) == 11 else b""
+            if len(columns) != 11:
+                wrong = f"{path}:{row}: expected 11 columns by tab, found {len(columns)}"
+            elif raw and not (raw.isdigit() and len(raw) < 16):
+                wrong = f"{path}:{row}: category id: expected a whole number, found {columns[5][:40]!r}"
+            if wrong:
+                if not complain:
+                    raise BadInput(wrong)
+                complain(wrong)
+                continue
+            length = columns[1].count(b",") + (columns[1].strip(b" []") != b"")
+            # A box list of [] was never annotated: no detector may learn from it that nothing is there.
+            annotated = len(columns[2]) > 8 or columns[2].translate(None, b" ") not in (b"", b"[]")
+            packed += ROW_BYTES.pack(start, *_numbers(columns), row, length, annotated)
+            if raw and int(raw) not in categories:
+                categories[int(raw)] = columns[6].decode(errors="replace")
+    rows = np.frombuffer(packed, ROW)
+    with contextlib.suppress(OSError):                                # a folder that is not ours to write to
+        if not complain:
+            with whole(kept, f".{os.getpid()}") as part, open(part, "wb") as file:
+                names = np.array(list(categories.values()), str)
+                np.savez(file, stamp=stamp, rows=rows, ids=list(categories), names=names)
+    return rows, categories
 
 
 class Lives:
     """One split ("train", "val" or "test") of a data folder in the LPR4M layout; `clip(i)` parses clip i on demand.
 
-    A training file is kept as an array of byte offsets (33 bytes a clip in all); nothing grows with the number of frames.
-    lengths [clips]: frames of each; frame_counts [clips]: the annotated ones. Of the training rows also: product [clips]
-    and live [clips], image ids (-1: none) and live ids as numbers, and categories {raw id: name} in order of id; a
-    detector's class k is the k-th. A test clip is any that has an ASR row, a true image or a true box; none is left out.
-    complain(file:row, text): called for every bad training row, which is then passed over (`check` lists them all); without
-    it the first one raises BadInput naming file, row and field.
+    lengths [clips]: frames of each; frame_counts [clips]: the annotated ones. Of training rows also product and live
+    [clips], image ids (-1: none) and live ids as numbers, and categories {raw id: name} in order of id; a detector's
+    class k is the k-th. A test clip is any that has an ASR row, a true image or a true box; none is left out.
+    A training file is kept as an array of byte offsets; nothing grows with the number of frames.
+    complain(text): told file:row of every bad training row, which is passed over; without it the first raises BadInput.
     """
 
     def __init__(self, root, split, complain=None):
@@ -296,13 +285,12 @@ class Lives:
         self.files = sorted((self.root / "annotations").glob("training_videoinfo_*.txt"))
         if not self.files:
             raise BadInput(f"{self.root}/annotations: no training_videoinfo_*.txt; expected at least one part")
-        parts = [_index(path, complain) for path in self.files]
-        self.ends = np.cumsum([len(rows) for rows, _ in parts])
-        table = np.concatenate([rows for rows, _ in parts]) if len(parts) > 1 else parts[0][0]
-        self.offsets, self.rows, self.lengths, self.product, self.live = (
-            table[name] for name in ("offset", "row", "length", "product", "live"))
-        self.frame_counts = self.lengths * table["annotated"]
-        self.categories = dict(sorted({raw: name for _, categories in parts for raw, name in categories.items()}.items()))
+        tables, categories = zip(*(_index(path, complain) for path in self.files))
+        self.ends = np.cumsum([len(rows) for rows in tables])
+        self.table = np.concatenate(tables) if len(tables) > 1 else tables[0]
+        self.lengths, self.product, self.live = (self.table[name] for name in ("length", "product", "live"))
+        self.frame_counts = self.lengths * self.table["annotated"]
+        self.categories = dict(sorted((raw, name) for part in categories for raw, name in part.items()))
 
     def _file(self, name):
         """The one file of this split whose name fits, and its text; (None, "") when there is none."""
@@ -315,19 +303,14 @@ class Lives:
             raise BadInput(f"{paths[0]}: expected UTF-8 text") from None
 
     def _table(self, name):
-        """{id: text} of a file of rows by tab."""
+        """{id: text} of a file of rows by tab; the text may be missing."""
         path, text = self._file(name)
         entries = {}
         for row, line in enumerate(text.split("\n"), 1):
-            name, _, value = line.rstrip("\r").partition("\t")
-            if line.rstrip("\r") and entries.setdefault(_safe_id(name, f"{path}:{row}: id"), value.strip()) != value.strip():
-                raise BadInput(f"{path}:{row}: {name[:60]} stands above with another text")
+            key, value = (part.strip() for part in line.partition("\t")[::2])
+            if line.strip() and entries.setdefault(_safe_id(key, f"{path}:{row}: id"), value) != value:
+                raise BadInput(f"{path}:{row}: {key[:60]} stands above with another text")
         return entries
-
-    def _ids(self, name):
-        """The ids of a file of one a row."""
-        path, text = self._file(name)
-        return {_safe_id(video_id, f"{path}: video id") for video_id in text.split()}
 
     def _mapping(self, name, ids=False):
         """{id: value} of a JSON file; with ids=True every value has to be a list of image ids."""
@@ -340,11 +323,9 @@ class Lives:
             raise BadInput(f"{path}: expected an object {{id: ...}}, found {type(value).__name__}")
         for key, images in value.items():
             _safe_id(key, f"{path}: key")
-            if not ids:
-                continue
-            if not isinstance(images, list):
+            if ids and not isinstance(images, list):
                 raise BadInput(f"{path}: {key}: expected a list of image ids, found {str(images)[:40]!r}")
-            for image_id in images:
+            for image_id in images if ids else ():
                 _safe_id(image_id, f"{path}: {key}")
         return value
 
@@ -353,38 +334,38 @@ class Lives:
         self.positives = self._mapping("videoid_to_gtimage_*.json", ids=True)
         self.galleries = self._mapping("liveid_to_gallery_*.json", ids=True)
         self.truth, self.kinds = self._mapping("frameid2gtbox_*.json"), self._mapping("frameid2kind_*.json")
-        self.members = {(name, value): self._ids(f"{name}_{value}.txt")
+        self.members = {(name, value): set(self._table(f"{name}_{value}.txt"))
                         for name, values in SPLITS.items() for value in values}
-        self.cases = {case: self._ids(f"case_{case.replace(' ', '-')}.txt") for case in CASES}
-        for frame_id, kind in self.kinds.items():
-            _safe_id(kind, f"{self.root}/annotations: {self.split}_frameid2kind: {frame_id}")            # is drawn and printed
-        frames = {video_id: [] for video_id in [*self.asr, *self.positives]}
-        source = list(self.truth)
+        self.cases = {case: set(self._table(f"case_{case.replace(' ', '-')}.txt")) for case in CASES}
+        for frame_id, kind in self.kinds.items():                                       # a kind is drawn and printed
+            _safe_id(kind, f"{self.root}/annotations: {self.split}_frameid2kind: {frame_id}")
+        self.frames = {video_id: [] for video_id in [*self.asr, *self.positives]}
+        source = self.truth
         if not source:                                          # data without boxes: the folder says which frames exist
             names = (name for _, _, names in os.walk(self.root / "frames") for name in names)
             source = [name[:-4] for name in names if name.endswith((".jpg", ".png"))]
         for frame_id in source:
             video_id, _, index = _safe_id(frame_id, f"{self.root}: frame id").rpartition("-")
             if not index.isdecimal() or len(index) > 18:
-                raise BadInput(f"{self.root}: frame id {frame_id[:60]!r}: expected video_id-index, index a whole number")
-            if self.truth or video_id in frames:                # frames of the training clips lie in the same folder
-                frames.setdefault(video_id, []).append(frame_id)
-        self.video_ids = [_safe_id(video_id, f"{self.root}: video id") for video_id in frames]
-        self.frames = {v: sorted(ids, key=lambda f: int(f.rpartition("-")[2])) for v, ids in frames.items()}
-        self.lengths = np.array([len(self.frames[v]) for v in self.video_ids], np.int64)
+                raise BadInput(f"{self.root}: frame id {frame_id[:60]!r}: expected video_id-index, "
+                               "index a whole number")
+            if self.truth or video_id in self.frames:           # frames of the training clips lie in the same folder
+                self.frames.setdefault(video_id, []).append(frame_id)
+        for frame_ids in self.frames.values():
+            frame_ids.sort(key=lambda frame_id: int(frame_id.rpartition("-")[2]))
+        self.video_ids = [_safe_id(video_id, f"{self.root}: video id") for video_id in self.frames]
+        self.lengths = np.array([len(frame_ids) for frame_ids in self.frames.values()], np.int64)
         self.frame_counts = self.lengths * bool(self.truth)
 
     def few(self, count):
         """This training split cut to its first `count` clips of different products, to be trained on and judged by."""
-        taken = {}
-        for i in range(len(self)):
-            if len(taken) < count and (self.frame_counts[i] or not self.frame_counts.any()):
-                taken.setdefault(int(self.product[i]) if self.product[i] >= 0 else -2 - i, i)
-        rows = list(taken.values())
-        clips = [self.clip(i) for i in rows]
+        usable = np.flatnonzero(self.frame_counts) if self.frame_counts.any() else np.arange(len(self))
+        product = np.where(self.product[usable] >= 0, self.product[usable], -2 - usable)   # none: one of its own
+        rows = usable[np.sort(np.unique(product, return_index=True)[1])[:count]]
+        self.chosen = clips = [self.clip(i) for i in rows]
         for name in ("lengths", "frame_counts", "product", "live"):
             setattr(self, name, getattr(self, name)[rows])
-        self.chosen, self.video_ids, self.truth = clips, [clip.video_id for clip in clips], bool(self.frame_counts.any())
+        self.video_ids, self.truth = [clip.video_id for clip in clips], bool(self.frame_counts.any())
         self.asr, self.titles = {c.video_id: c.asr for c in clips}, {i: c.title for c in clips for i in c.image_ids}
         self.positives, self.members, self.cases = {c.video_id: c.image_ids for c in clips}, {}, {}
         self.galleries = {live_of(video_id): list(self.titles) for video_id in self.video_ids}
@@ -394,50 +375,55 @@ class Lives:
         """Clip i, parsed from its row (train) or put together from the test files."""
         if self.chosen:
             return self.chosen[i]
-        if self.split != "train":
-            video_id = self.video_ids[i]
-            frame_ids, images = self.frames[video_id], self.positives.get(video_id, [])
-            boxes = [_boxes(self.truth[f], -1, f"{self.root}: true boxes of {f}") for f in frame_ids] if self.truth else None
-            return Clip(video_id, frame_ids, boxes, images, self.titles.get(images[0], "") if images else "",
-                        self.asr.get(video_id, ""), [str(self.kinds.get(f, "")) for f in frame_ids] if self.kinds else None)
+        if self.split == "train":
+            return self._training_clip(i)
+        video_id = self.video_ids[i]
+        frame_ids, images = self.frames[video_id], self.positives.get(video_id, [])
+        boxes = None
+        if self.truth:
+            boxes = [_boxes(self.truth[f], -1, f"{self.root}: true boxes of {f}")[0] for f in frame_ids]
+        kinds = [str(self.kinds.get(f, "")) for f in frame_ids] if self.kinds else None
+        return Clip(video_id, frame_ids, boxes, images, self.titles.get(images[0], "") if images else "",
+                    self.asr.get(video_id, ""), kinds)
+
+    def _training_clip(self, i):
         where = self.where(i)
-        with open(self.files[int(np.searchsorted(self.ends, i, side="right"))], "rb") as file:
-            file.seek(max(0, self.offsets[i]))
+        with open(where.rpartition(":")[0], "rb") as file:
+            file.seek(max(0, self.table["offset"][i]))
             line = file.readline().rstrip(b"\r\n")
+        if line.count(b"\t") != 10 or _numbers(line.split(b"\t")) != (self.product[i], self.live[i]):
+            raise BadInput(f"{where}: not the row that was indexed; remove {self.root}/annotations/.*.index.npz, "
+                           "and it is made again")
         try:
-            columns = line.decode("utf-8").split("\t")
+            video_id, frames, given, image_id, title, category, _, asr, *splits = line.decode("utf-8").split("\t")
         except UnicodeDecodeError:
             raise BadInput(f"{where}: expected UTF-8 text") from None
-        if len(columns) != 11 or _numbers(line.split(b"\t")) != (self.product[i], self.live[i]):
-            raise BadInput(f"{where}: not the row that was indexed; remove {self.root}/annotations/.*.index.npz, and it is made again")
-        _safe_id(columns[0], f"{where}: video_id")
-        frame_ids = [_safe_id(f, f"{where}: frame_id list") for f in _literal(columns[1], f"{where}: frame_id list")]
+        _safe_id(video_id, f"{where}: video_id")
+        frame_ids = [_safe_id(f, f"{where}: frame_id list") for f in _literal(frames, f"{where}: frame_id list")]
         if len(frame_ids) != self.lengths[i]:
             raise BadInput(f"{where}: frame_id list: {len(frame_ids)} ids, but commas for {self.lengths[i]}")
-        boxes, dropped = _literal(columns[2] or "[]", f"{where}: box list") if self.frame_counts[i] else None, 0
-        if boxes is not None and len(boxes) != len(frame_ids):
-            raise BadInput(f"{where}: {len(frame_ids)} frames but {len(boxes)} entries in the box list")
-        category = int(columns[5]) if columns[5].strip() else -1
-        if boxes is not None:
-            given, boxes = boxes, [_boxes(entry, category, f"{where}: box list, frame {t}") for t, entry in enumerate(boxes)]
-            dropped = sum(map(_count, given)) - sum(map(len, boxes))
-        images = [_safe_id(columns[3], f"{where}: image_id")] if columns[3].strip() else []
-        return Clip(columns[0], frame_ids, boxes, images, columns[4].strip(), columns[7].strip(), None,
-                    category, tuple(c.strip() for c in columns[8:]), dropped)
+        images = [_safe_id(image_id, f"{where}: image_id")] if image_id.strip() else []
+        clip = Clip(video_id, frame_ids, None, images, title.strip(), asr.strip(), None,
+                    int(category) if category.strip() else -1, tuple(value.strip() for value in splits))
+        if self.frame_counts[i]:
+            given = _literal(given or "[]", f"{where}: box list")
+            if len(given) != len(frame_ids):
+                raise BadInput(f"{where}: {len(frame_ids)} frames but {len(given)} entries in the box list")
+            boxes = [_boxes(entry, clip.category, f"{where}: box list, frame {t}") for t, entry in enumerate(given)]
+            clip.boxes, clip.dropped = [kept for kept, _ in boxes], sum(dropped for _, dropped in boxes)
+        return clip
 
     def where(self, i):
         """file:row of training clip i."""
-        return f"{self.files[int(np.searchsorted(self.ends, i, side='right'))]}:{self.rows[i]}"
+        return f"{self.files[np.searchsorted(self.ends, i, side='right')]}:{self.table['row'][i]}"
 
     def clip_or_none(self, i):
         """Clip i of a training split, None where its row is broken; who trains on it skips it and counts it."""
-        try:
+        with contextlib.suppress(BadInput):
             return self.clip(i)
-        except BadInput:
-            return None
 
     def read(self, folder, name):
-        """The picture `name` of frames/ or images/ as uint8 [3,H,W], upright; BadInput when it is missing, broken or too large."""
+        """Picture `name` of frames/ or images/, uint8 [3,H,W] upright; BadInput when missing, broken or too large."""
         return read_picture(self._path(folder, name))
 
     def image(self, name):
@@ -445,18 +431,15 @@ class Lives:
         return self.read("images", name)
 
     def frame(self, name):
-        """Frame `name` uint8 [3,H,W], and the (width, height) that its boxes are given in: another one than the picture's
-        when it was stored smaller and its side file NAME.json (img2dataset's) tells original_width and original_height."""
+        """Frame `name` uint8 [3,H,W], and the (width, height) its boxes are given in: of its side file or its own."""
         path = self._path("frames", name)
         image, side = read_picture(path), f"{path[:-4]}.json"
         if not os.path.lexists(side):
             return image, (image.shape[2], image.shape[1])
-        try:
-            with open(inside(side, self.root / "frames"), encoding="utf-8") as file:
-                about = json.load(file)
+        size = 0, 0
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, OverflowError, OSError):
+            about = json.loads(Path(inside(side, self.root / "frames")).read_text(encoding="utf-8"))
             size = int(about["original_width"]), int(about["original_height"])
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError, OSError):
-            size = 0, 0
         if min(size) < 1 or size[0] * size[1] > LARGEST:
             raise BadInput(f"{side}: expected an object with original_width and original_height, in pixels")
         return image, size
@@ -470,26 +453,21 @@ class Lives:
 
 
 def inside(path, folder):
-    """`path` itself; BadInput when a link leads it out of the folder, which may be a link."""
-    if not os.path.realpath(path).startswith(os.path.join(_real(str(folder)), "")):
-        raise BadInput(f"{path}: a link that leads out of {folder}")
+    """`path` itself; BadInput when it, or a link on its way, leads out of the folder, which may be a link."""
+    if "\0" in str(path) or not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
+        raise BadInput(f"{path}: a path or a link that leads out of the folder {folder}".replace("\0", "?"))
     return path
 
 
-@functools.cache
-def _real(folder):
-    return os.path.realpath(folder)
-
-
 def read_picture(path):
-    """A JPEG or PNG as uint8 [3,H,W], turned as its EXIF says; BadInput when it is neither, torn, or over LARGEST pixels."""
+    """A JPEG or PNG as uint8 [3,H,W], turned as its EXIF says; BadInput when it is neither, torn, or over LARGEST."""
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as header:               # reads no pixels yet
             width, height = header.size
         if width * height > LARGEST:
             raise BadInput(f"{path}: {width} x {height} pixels, more than {LARGEST:,}")
         image = torchvision.io.decode_image(torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB, True)
-        return image if image.dtype == torch.uint8 else TF.to_dtype(image, torch.uint8, scale=True)   # a PNG may hold 16 bits
+        return TF.to_dtype(image, torch.uint8, scale=True)                      # a PNG may hold 16 bits
     except BadInput:
         raise
     except Exception:                                    # a decoder raises whatever the bytes lead it to
@@ -497,14 +475,12 @@ def read_picture(path):
 
 
 def picture_files(folder):
-    """Paths of the pictures in a folder and its subfolders, numbers in their names in order of value; BadInput when there are none."""
+    """Paths of the pictures in a folder and below, numbers in names in order of value; BadInput when there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder; expected one of .jpg and .png pictures")
-    files = [Path(where) / name for where, _, names in os.walk(folder) for name in names
+    files = [inside(Path(where) / name, folder) for where, _, names in os.walk(folder) for name in names
              if name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith(".")]
-    for path in files:
-        inside(path, folder)
     if not files:
         raise BadInput(f"{folder}: no .jpg and no .png in it")
     return sorted(files, key=lambda path: [(int(part), "") if part.isdecimal() else (-1, part)
@@ -521,7 +497,6 @@ def even_frames(count, frames):
 
 def train_tokenizer(texts, vocab=2000):
     """A sentencepiece model (its bytes) of the training texts; b"" when there is no text at all."""
-    import sentencepiece
     texts = [t[:2000] for t in texts if t.strip()]    # a text that repeats itself takes the square of its length
     if not texts:
         return b""
@@ -536,10 +511,9 @@ def train_tokenizer(texts, vocab=2000):
 
 
 class Tokenizer:
-    """Text -> token ids [length]: a start token, the text's pieces, padding (0). Empty text is the start token alone."""
+    """Text -> token ids [N]: a start token, the text's pieces, padding (0). Empty text is the start token alone."""
 
     def __init__(self, model, length=24):
-        import sentencepiece
         self.length = length
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
@@ -558,20 +532,18 @@ class Tokenizer:
 class DetectionSet(Dataset):
     """Frames with their boxes, `frames` at a time: 1 for SD (an item a frame), more for MD (an item a clip).
 
-    categories: raw category id -> class. shortest: (lowest, highest, step) of the shortest side, drawn per item in
-    training (supplement, section 2.2), the highest in evaluation; longest: limit of the longest side, in pixels.
-    An item is asked for by (epoch, i): its augmentation is a function of (seed, epoch, i) alone. It holds
-        frames  T x uint8 [3,h,w]     boxes_cxcywh  T x [M,4], 0..1     labels  T x [M]     size  T x (w, h) of the boxes
-        clip  its number in the split     position  T x int, place of the frame in the clip     bad  what could not be read
-    (boxes and labels in training only: an evaluation that looked at them would be none). A training item of which
-    anything cannot be read has no frames at all; in evaluation the frame that cannot be read is None.
-    In evaluation a clip of more than `frames` frames makes several items that interleave, so each spans the clip.
-    augment=False: training pictures as in evaluation.
+    frames T x uint8 [3,h,w] (in evaluation None for one that cannot be read), boxes_cxcywh T x [M,4] in 0..1 and labels
+    T x [M] (in training only: an evaluation that looked at them would be none), size T x (w, h) of the boxes, position
+    T x int, a frame's place in the clip. categories: the raw ids in order of class. shortest: (lowest, highest, step)
+    of the shortest side, drawn in training (supplement, section 2.2), the highest in evaluation; longest: limit of
+    the longest side, in pixels. In evaluation a clip of more than `frames` frames makes several items that interleave,
+    so each spans the clip, or one without every_frame. augment=False: training pictures as in evaluation.
     """
 
     def __init__(self, lives, categories, frames, shortest, longest, train, seed=0, every_frame=True, augment=True):
         self.lives, self.categories, self.frames = lives, {c: k for k, c in enumerate(categories)}, frames
-        self.shortest, self.longest, self.train, self.seed, self.augment = shortest, longest, train, seed, train and augment
+        self.shortest, self.longest, self.train, self.seed = shortest, longest, train, seed
+        self.augment = train and augment
         if train:                                                                    # items of each clip
             self.parts = lives.frame_counts if frames == 1 else np.minimum(lives.frame_counts, 1)
         else:
@@ -588,10 +560,10 @@ class DetectionSet(Dataset):
         """Item i -> its clip's number, the clip, and the places of its frames in the clip."""
         c = int(np.searchsorted(self.ends, i, side="right"))
         clip, part, parts = self.lives.clip(c), i - int(self.ends[c] - self.parts[c]), int(self.parts[c])
-        places = list(range(len(clip.frame_ids)))
+        count = len(clip.frame_ids)
         if self.train and self.frames == 1:
             return c, clip, [part]
-        return c, clip, places[part::parts] if parts > 1 else even_frames(len(places), self.frames)
+        return c, clip, list(range(part, count, parts)) if parts > 1 else even_frames(count, self.frames)
 
     def __getitem__(self, key):
         try:
@@ -610,33 +582,29 @@ class DetectionSet(Dataset):
         item = {"frames": [], "boxes_cxcywh": [], "labels": [], "size": [], "clip": c, "position": positions, "bad": ""}
         for t in positions:
             try:
-                image, (width, height) = self.lives.frame(clip.frame_ids[t])          # [3,h,w]
+                image, size = self.lives.frame(clip.frame_ids[t])                     # [3,h,w]
+                scale = min(side / min(image.shape[1:]), self.longest / max(image.shape[1:]))
+                image = TF.resize(image, [max(1, round(n * scale)) for n in image.shape[1:]], antialias=True)
             except BadInput as error:
                 if self.train:
                     raise
-                image, (width, height), item["bad"] = None, (1, 1), str(error)
-            boxes, labels = self._targets(clip.boxes[t] if self.train else np.zeros((0, 5)), width, height)
-            if image is not None:
-                scale = min(side / min(image.shape[1:]), self.longest / max(image.shape[1:]))
-                new = [max(1, round(pixels * scale)) for pixels in image.shape[1:]]
-                image = TF.resize(image, new, antialias=True) if new != list(image.shape[1:]) else image
+                image, size, item["bad"] = None, (1, 1), str(error)
+            boxes, labels = self._targets(clip.boxes[t] if self.train else np.zeros((0, 5)), size)
             if flip:
                 image = image.flip(2)
                 boxes[:, 0] = 1 - boxes[:, 0]
-            item["frames"].append(image)
-            item["boxes_cxcywh"].append(boxes)
-            item["labels"].append(labels)
-            item["size"].append((width, height))
+            for name, value in (("frames", image), ("boxes_cxcywh", boxes), ("labels", labels), ("size", size)):
+                item[name].append(value)
         return item
 
-    def _targets(self, rows, width, height):
-        """Pixel boxes [M,5] -> cxcywh in 0..1 [M,4], clipped to the picture, and classes [M]; what lies outside goes."""
-        xyxy = (rows[:, :4] / (width, height, width, height)).clip(0, 1).astype(np.float32)
+    def _targets(self, rows, size):
+        """Pixel boxes [M,5] -> cxcywh in 0..1 [M,4] clipped to the picture, classes [M]; what lies outside goes."""
+        xyxy = (rows[:, :4] / (*size, *size)).clip(0, 1).astype(np.float32)
         kept = (xyxy[:, 2:] > xyxy[:, :2]).all(1)
         unknown = [int(c) for c in rows[:, 4] if c not in self.categories]
         if unknown:
-            raise BadInput(f"{self.lives.root}: a training box has the category {unknown[0]} (-1: none given), expected one "
-                           f"of column 6: {list(self.categories)[:40]}")
+            raise BadInput(f"{self.lives.root}: a training box has the category {unknown[0]} (-1: none given), "
+                           f"expected one of column 6: {list(self.categories)[:40]}")
         labels = np.array([self.categories[int(c)] for c in rows[:, 4]], np.int64)
         boxes = np.concatenate([(xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]], 1)
         return torch.from_numpy(boxes[kept]), torch.from_numpy(labels[kept])
@@ -645,12 +613,12 @@ class DetectionSet(Dataset):
 def collate_detection(items, multiple=16):
     """Items -> frames uint8 [B,T,3,H,W], padding [B,T,H,W] (True = padded), valid [B,T] (False = no such frame, or it
     cannot be read), boxes_cxcywh [B,T,M,4], labels [B,T,M] (-1: no box), size [B,T,2] (w, h of the boxes), clip [B],
-    position [B,T] (-1: no such frame), bad: list [B] of what could not be read ("": nothing)."""
+    position [B,T] (-1: no such frame), bad: list [B]; H and W are a multiple of `multiple`."""
+    B = len(items)
     T = max([1] + [len(item["frames"]) for item in items])
     M = max([1] + [len(labels) for item in items for labels in item.get("labels", ())])
-    there = [f for item in items for f in item["frames"] if f is not None]
-    H, W = (multiple * math.ceil(max([1] + [f.shape[d] for f in there]) / multiple) for d in (1, 2))
-    B = len(items)
+    there = [image for item in items for image in item["frames"] if image is not None]
+    H, W = (multiple * math.ceil(max([1] + [image.shape[d] for image in there]) / multiple) for d in (1, 2))
     # Channels last in memory, as the decoder leaves a picture and as convolutions like it: no copy turns it on the way.
     frames = torch.zeros(B, T, H, W, 3, dtype=torch.uint8).movedim(-1, 2)
     batch = {"frames": frames, "padding": torch.ones(B, T, H, W, dtype=torch.bool),
@@ -663,10 +631,10 @@ def collate_detection(items, multiple=16):
             batch["position"][b, t] = item["position"][t]
             if image is None:
                 continue
-            batch["frames"][b, t, :, :image.shape[1], :image.shape[2]] = image
-            batch["padding"][b, t, :image.shape[1], :image.shape[2]] = False
+            (_, h, w), n = image.shape, len(item["labels"][t])
+            batch["frames"][b, t, :, :h, :w] = image
+            batch["padding"][b, t, :h, :w] = False
             batch["valid"][b, t] = True
-            n = len(item["labels"][t])
             batch["boxes_cxcywh"][b, t, :n] = item["boxes_cxcywh"][t]
             batch["labels"][b, t, :n] = item["labels"][t]
             batch["size"][b, t] = torch.tensor(item["size"][t])
@@ -690,17 +658,15 @@ def to_float(pixels, statistics, padding=None):
 
 
 def true_boxes(lives):
-    """The annotated boxes in the form of predicted ones (see eval.seen_through): the first box of each frame. Frames
-    without one are left out, so that a clip is seen through the frames that show its product."""
-    start, position, boxes = [0], [], []
+    """The first true box of each frame that has one, in the form of predicted ones (see eval.seen_through)."""
+    start, rows = [0], []
     for c in range(len(lives)):
         clip = lives.clip(c) if lives.split != "train" else lives.clip_or_none(c)
-        for t, rows in enumerate(clip.boxes or [] if clip else []):
-            if len(rows):
-                position.append(t)
-                boxes.append([*rows[0, :4], 1.0, rows[0, 4]])
-        start.append(len(position))
-    return {"start": np.array(start), "position": np.array(position, int), "box": np.array(boxes, np.float32).reshape(-1, 6)}
+        given = clip.boxes if clip and clip.boxes else []
+        rows += [(t, *boxes[0, :4], 1.0, boxes[0, 4]) for t, boxes in enumerate(given) if len(boxes)]
+        start.append(len(rows))
+    table = np.array(rows).reshape(-1, 7)
+    return {"start": np.array(start), "position": table[:, 0].astype(int), "box": table[:, 1:].astype(np.float32)}
 
 
 def square_view(image, box_xyxy, side, margin=1.15):
@@ -714,22 +680,20 @@ def square_view(image, box_xyxy, side, margin=1.15):
 class PairSet(Dataset):
     """Clips with their shop image and texts, as RICE sees them.
 
-    boxes: {"start" [clips+1], "position" [F], "box" [F,6]} = the boxes (x1 y1 x2 y2 in pixels; the rest is not read) of
-    clip c at rows start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" the whole frame and
-    which patches the box touches, "box" the square around the box. text: what is read, "asr", "title", "both" or "none" (the
-    rest is empty). augment=False: training pictures as in evaluation. Training draws `frames` of the clip's frames,
-    evaluation takes `frames` at even intervals. An item is asked for by (epoch, i) and holds
-        frames uint8 [T,3,S,S]   keep [T,P] bool   valid [T]  False where a short clip is filled up   asr [N]   title [N]
-        clip  its number in the split     bad  what could not be read     and in training:
-        image uint8 [3,S,S]   product  the image's id as a number
-    A training item of which anything cannot be read is empty and its product -1; in evaluation the frame is left out.
+    frames uint8 [T,3,S,S], valid [T] (False where a short clip is filled up), keep [T,P] bool, asr [N], title [N]; in
+    training image uint8 [3,S,S], product (the image's id as a number, -1 in an empty item). boxes: {"start" [clips+1],
+    "position" [F], "box" [F,6]} = the boxes (x1 y1 x2 y2 in pixels; the rest is not read) of clip c at rows
+    start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" also which patches the box
+    touches, "box" the square around the box. text: what is read, "asr", "title", "both" or "none". Training draws
+    `frames` of the clip's frames, evaluation takes them at even intervals. augment=False: as in evaluation.
     """
 
     def __init__(self, lives, tokenizer, frames, size, grid, view, boxes, train, seed=0, text="both", augment=True):
         if boxes is None and view != "frame":
             raise BadInput(f"--view {view} needs boxes; without a detector use --view frame")
         self.lives, self.tokenizer, self.frames, self.size, self.grid = lives, tokenizer, frames, size, grid
-        self.view, self.boxes, self.train, self.seed, self.text, self.augment = view, boxes, train, seed, text, train and augment
+        self.view, self.boxes, self.train, self.seed, self.text = view, boxes, train, seed, text
+        self.augment = train and augment
         self.clips = np.flatnonzero(lives.product >= 0) if train else np.arange(len(lives))
         if train and not len(self.clips):
             raise BadInput(f"{lives.root}: no training clip names a shop image, so RICE cannot be trained on it")
@@ -774,34 +738,34 @@ class PairSet(Dataset):
                     raise
                 bad = str(error)
                 continue
-            stretch = np.tile(np.array(image.shape[:0:-1]) / size, 2)                # from the boxes' pixels to the picture's
-            edges = np.tile(image.shape[:0:-1], 2)                                    # what sticks out of the picture goes
-            box = (self.boxes["box"][rows[j], :4] * stretch).clip(0, edges) if len(rows) else (0, 0, image.shape[2], image.shape[1])
+            edges = np.tile(image.shape[:0:-1], 2)                                    # w, h, w, h of the picture
+            box = edges * (0, 0, 1, 1)
+            if len(rows):                       # from the boxes' pixels to the picture's; what sticks out of it goes
+                box = (self.boxes["box"][rows[j], :4] * (edges / np.tile(size, 2))).clip(0, edges)
             view, kept = self._view(image, box, rng)
             views.append(self._augment(view, rng))
             keep.append(kept)
         item = self._filled(views, keep, c, clip.asr, clip.title, bad)
         if self.train:
-            image = self.lives.read("images", clip.image_ids[0])
-            item["image"] = self._augment(TF.resize(image, (self.size, self.size), antialias=True), rng)
-            item["product"] = int(self.lives.product[c])
+            shop = TF.resize(self.lives.image(clip.image_ids[0]), (self.size, self.size), antialias=True)
+            item |= {"image": self._augment(shop, rng), "product": int(self.lives.product[c])}
         return item
 
     def _view(self, image, box, rng):
         """One frame through its box: uint8 [3,S,S] and which of the P patches the box touches [P]."""
-        height, width = image.shape[1:]
         if self.view == "box":
-            shift = rng.uniform(-0.06, 0.06, 2) * (box[2] - box[0], box[3] - box[1]) if self.augment else (0, 0)
-            moved = (box[0] + shift[0], box[1] + shift[1], box[2] + shift[0], box[3] + shift[1])
-            return square_view(image, moved, self.size), torch.ones(self.grid * self.grid, dtype=torch.bool)
+            shift = rng.uniform(-0.06, 0.06, 2) * (box[2:] - box[:2]) if self.augment else (0, 0)
+            return square_view(image, box + np.tile(shift, 2), self.size), torch.ones(self.grid ** 2, dtype=torch.bool)
+        height, width = image.shape[1:]
         edges = torch.arange(self.grid + 1) / self.grid
         touch_x = (edges[:-1] < box[2] / width) & (edges[1:] > box[0] / width)                     # [grid]
         touch_y = (edges[:-1] < box[3] / height) & (edges[1:] > box[1] / height)                   # [grid]
         kept = (touch_y[:, None] & touch_x[None, :]).flatten()                                     # [P]
-        whole = TF.resize(image, (self.size, self.size), antialias=True)
-        return whole, kept if self.view == "mask" and kept.any() else torch.ones_like(kept)
+        view = TF.resize(image, (self.size, self.size), antialias=True)
+        return view, kept if self.view == "mask" and kept.any() else torch.ones_like(kept)
 
     def _augment(self, view, rng):
+        """Half of the pictures mirrored, all a little brighter or darker and in another light: uint8 [3,S,S]."""
         if not self.augment:
             return view
         if rng.random() < 0.5:
@@ -811,7 +775,7 @@ class PairSet(Dataset):
 
 
 class ImageSet(Dataset):
-    """Shop images `ids`: image uint8 [3,S,S], title [N], bad: what could not be read ("": nothing).
+    """Shop images `ids`: image uint8 [3,S,S], black where it cannot be read; title [N].
 
     read: id -> uint8 [3,H,W] or BadInput. titles: id -> text. text: what is read, as in PairSet.
     """
@@ -842,7 +806,7 @@ def shuffled(count):
 
 
 def live_by_live(live_of, per_live):
-    """Order of one epoch for RICE: groups of `per_live` clips of one live, so that a batch holds same-shop negatives."""
+    """Order of one epoch for RICE: groups of `per_live` clips of one live, so that a batch holds its own negatives."""
     lives = {}
     for i, live in enumerate(live_of):
         lives.setdefault(int(live), []).append(i)
@@ -864,63 +828,56 @@ class StepSampler:
 
     def __init__(self, order, batch, steps, start=0, seed=0, rank=0, world=1):
         self.order, self.batch, self.steps, self.start, self.seed = order, batch, steps, start, seed
-        self.rank, self.world = rank, world
+        self.rank, self.share = rank, batch // world
 
     def __len__(self):
         return self.steps - self.start
 
     def __iter__(self):
-        share = self.batch // self.world
-        epoch, done, order = 0, 0, self.order(np.random.default_rng((self.seed, 0)))
+        epoch, order = 0, self.order(np.random.default_rng((self.seed, 0)))
         for step in range(self.start, self.steps):
-            mine = []
-            for place in range(step * self.batch + self.rank * share, step * self.batch + (self.rank + 1) * share):
-                while place - done >= len(order):
-                    done, epoch = done + len(order), epoch + 1
+            mine, first = [], step * self.batch + self.rank * self.share
+            for place in range(first, first + self.share):
+                if place // len(order) != epoch:
+                    epoch = place // len(order)
                     order = self.order(np.random.default_rng((self.seed, epoch)))
-                mine.append((epoch, int(order[place - done])))
+                mine.append((epoch, int(order[place % len(order)])))
             yield mine
 
 
-class ShardSampler:
+class ShardSampler(list):
     """Evaluation: each of `numbers` once over all processes, no padding and nothing left out, `batch` at a time."""
 
     def __init__(self, numbers, batch, rank=0, world=1):
         mine = numbers[rank::world]
-        self.batches = [[(0, i) for i in mine[k:k + batch]] for k in range(0, len(mine), batch)]
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches)
+        super().__init__([(0, i) for i in mine[k:k + batch]] for k in range(0, len(mine), batch))
 
 
-# ------------------------------------------------------------------ rendered livestreams
+# ------------------------------------------------------------------ a room of its own: rendered livestreams
 #
 # A live: a salesperson before a shelf of products of the same shop. A clip is about one intended product. Each frame is
 # staged in one of six kinds. In "two held", "lifted" (another product in the hand, the intended one on the table) and
 # "table" frames one picture cannot tell which product is meant; the other products change from frame to frame and the
-# intended one stays, so time tells. In a "pair" clip the same two products are held all the time: only the words can tell.
+# intended one stays, so time tells. In a "pair" clip the same two products are held all the time: only words can tell.
 # Decoys are drawn from all products of the live, those of the intended product's own category included, and in SIMILAR
-# clips only from these: a vote on the category tells nothing there. Everything that could tell the intended product from
-# a decoy (side, size, order of drawing) is drawn from one law for both, so that nothing but time and words gives it away.
+# clips only from these: a vote on the category tells nothing there. All that could tell the intended product from a
+# decoy (side, size, order of drawing) is drawn from one law for both, so that only time and words give it away.
 
 KINDS = {           # share of the frames that show the product, by the number of products in the live's picture
     "few": {"held": 0.40, "two held": 0.22, "lifted": 0.06, "table": 0.16, "occluded": 0.16},
     "medium": {"held": 0.31, "two held": 0.27, "lifted": 0.10, "table": 0.20, "occluded": 0.12},
     "abundant": {"held": 0.22, "two held": 0.32, "lifted": 0.14, "table": 0.24, "occluded": 0.08}}
 SHOWN = (*KINDS["few"], "pair")
-ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}     # frames of 8 that do not show it, handed out of sight -> share of clips
-CLEAR = {"short": 1, "medium": 2, "long": 2}       # frames at least in which it is held alone, by visible duration
-INSTEAD = 0.4         # share of the frames without it in which another product is lifted
-SIMILAR = 0.25        # share of clips whose decoys are all of the product's own category: similar things shown together
-PAIR = 0.15           # share of clips with two products in view all the time; their ASR names category and colour
-SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}     # of the frame's side; a third of clips each
-SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                      # products behind; a third of clips each
-LOOKALIKE = 0.3       # share of products that copy another of their live but for one detail (logo, or pattern)
-BLUR = 0.15           # share of frames with motion blur
-WRONG_WORDS = 0.10    # share of ASR words misheard (the paper measured 90.16 % right)
+ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}   # frames of 8 that do not show it, out of sight -> share of clips
+CLEAR = {"short": 1, "medium": 2, "long": 2}    # frames at least in which it is held alone, by visible duration
+INSTEAD = 0.4           # share of the frames without it in which another product is lifted
+SIMILAR = 0.25          # share of clips whose decoys are all of the product's own category
+PAIR = 0.15             # share of clips with two products in view all the time; their ASR names category and colour
+SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}   # of the frame's side; a third each
+SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                    # products behind; a third each
+LOOKALIKE = 0.3         # share of products that copy another of their live but for one detail (logo, or pattern)
+BLUR = 0.15             # share of frames with motion blur
+WRONG_WORDS = 0.10      # share of ASR words misheard (the paper measured 90.16 % right)
 QUICKSTART = ("trousers", "hat", "sneaker", "handbag", "suitcase", "bottle", "umbrella", "plate")
 
 # A category is drawn from a few shapes in percent of a square: E ellipse, R rounded box, P polygon, C pie, L line and
@@ -930,13 +887,13 @@ CATEGORIES = {
     "hat": "E0 2 58 98 86|P0 26 68 33 20 67 20 74 68|P1 27 68 29 54 71 54 73 68",
     "sneaker": "P0 6 36 32 28 54 52 94 62 94 76 6 76|R1 4 73 96 86|L2 40 38 50 46 4|L2 34 36 46 52 4",
     "handbag": "A1 28 4 72 68 180 360 7|P0 12 36 88 36 96 94 4 94|R1 40 34 60 54",
-    "suitcase": "A2 36 2 64 36 180 360 6|R0 16 18 84 90|L1 34 18 34 90 5|L1 66 18 66 90 5|E2 20 86 32 98|E2 68 86 80 98",
+    "suitcase": "A2 36 2 64 36 180 360 6|R0 16 18 84 90|L1 34 18 34 90 5|L1 66 18 66 90 5|"
+                "E2 20 86 32 98|E2 68 86 80 98",
     "bottle": "R1 41 2 59 18|P0 42 18 58 18 70 36 70 97 30 97 30 36|R1 30 56 70 76",
     "umbrella": "L2 50 50 50 92 5|A2 50 82 68 98 0 180 5|C0 2 6 98 98 180 360|L1 50 6 50 52 3",
     "plate": "E0 2 14 98 86|E1 24 32 76 68",
     "shirt": "P0 32 8 68 8 98 30 86 50 74 40 74 94 26 94 26 40 14 50 2 30|P1 42 8 58 8 50 22",
-    "dress": "P0 36 4 64 4 62 40 92 96 8 96 38 40|R1 37 38 63 46",
-    "skirt": "P0 30 14 70 14 96 88 4 88|R1 29 10 71 20",
+    "dress": "P0 36 4 64 4 62 40 92 96 8 96 38 40|R1 37 38 63 46", "skirt": "P0 30 14 70 14 96 88 4 88|R1 29 10 71 20",
     "coat": "P0 32 4 68 4 98 60 84 66 76 40 78 97 22 97 24 40 16 66 2 60|L1 50 6 50 97 4|E2 54 40 60 46|E2 54 60 60 66",
     "sock": "P0 34 4 66 4 66 56 90 76 84 92 64 94 34 70|R1 33 4 67 18",
     "glove": "P0 30 96 30 52 14 40 22 30 34 42 36 8 46 8 48 36 52 4 62 6 60 38 68 12 76 14 72 60 68 96|R1 29 84 69 96",
@@ -949,17 +906,14 @@ CATEGORIES = {
     "ring": "A0 16 26 84 96 0 360 10|P1 50 2 68 18 50 36 32 18",
     "necklace": "A0 10 -40 90 80 0 180 7|P1 50 66 64 82 50 98 36 82",
     "glasses": "A0 2 30 44 72 0 360 8|A0 56 30 98 72 0 360 8|L0 42 48 58 48 6|E1 10 38 36 64|E1 64 38 90 64",
-    "lipstick": "R2 34 58 66 98|R0 36 36 64 60|P1 40 36 40 14 60 4 60 36",
-    "cream jar": "R0 12 36 88 92|R1 10 16 90 40",
+    "lipstick": "R2 34 58 66 98|R0 36 36 64 60|P1 40 36 40 14 60 4 60 36", "cream jar": "R0 12 36 88 92|R1 10 16 90 40",
     "perfume": "R0 16 38 84 96|R2 42 26 58 40|E1 36 4 64 30",
     "mug": "A0 58 30 96 76 270 90 9|R0 12 16 72 92|L1 12 26 72 26 5",
     "teapot": "A0 70 30 98 76 270 90 7|P0 26 60 2 30 10 26 36 44|E0 18 30 82 92|E1 40 20 60 36",
     "pan": "R2 58 44 99 56|E0 2 20 66 82|E1 14 32 54 70",
-    "lamp": "P0 32 4 68 4 92 52 8 52|R2 46 52 54 88|E1 28 84 72 97",
-    "pillow": "R0 4 20 96 80|A1 10 26 90 74 0 360 3",
+    "lamp": "P0 32 4 68 4 92 52 8 52|R2 46 52 54 88|E1 28 84 72 97", "pillow": "R0 4 20 96 80|A1 10 26 90 74 0 360 3",
     "racket": "R2 45 54 55 98|A0 22 2 78 62 0 360 7|L1 50 4 50 60 2|L1 24 32 76 32 2",
-    "phone": "R0 26 2 74 98|R2 31 12 69 84|E1 45 87 55 96",
-    "book": "R0 14 6 86 94|L1 24 6 24 94 7|R1 40 22 78 40",
+    "phone": "R0 26 2 74 98|R2 31 12 69 84|E1 45 87 55 96", "book": "R0 14 6 86 94|L1 24 6 24 94 7|R1 40 22 78 40",
 }
 PATTERNS = ("plain", "striped", "barred", "slanted", "dotted", "checked")
 LOGOS = {"": "", "star": "P0 50 0 62 38 100 38 70 60 80 98 50 74 20 98 30 60 0 38 38 38", "disc": "E0 5 5 95 95",
@@ -967,33 +921,29 @@ LOGOS = {"": "", "star": "P0 50 0 62 38 100 38 70 60 80 98 50 74 20 98 30 60 0 3
 HUES = ("red", "orange", "yellow", "lime", "green", "teal", "blue", "violet", "purple", "pink")
 CHATTER = ("hello everybody welcome to my live|look at this|it feels so good|the price today is crazy|just for you|"
            "please follow the channel|only a few left|I use it every day myself|my mother loves it|order now and save|"
-           "link number five below|how are you all tonight|we ship tomorrow|let me show you again|see the quality").split("|")
+           "link number five below|how are you all tonight|we ship tomorrow|let me show you again|see the quality"
+           ).split("|")
 
 
 def _colour(hue, saturation, value):
-    return tuple(int(255 * c) for c in (lambda k: [value - value * saturation * max(0, min(1, x, 4 - x))
-                 for x in ((n + hue * 6) % 6 for n in (5, 3, 1))])(0))
+    """Hue, saturation and value in 0..1 -> (red, green, blue) in 0..255."""
+    away = [(n + hue * 6) % 6 for n in (5, 3, 1)]
+    return tuple(int(255 * (value - value * saturation * max(0, min(1, x, 4 - x)))) for x in away)
 
 
 def _shapes(code, side):
     """The masks of a drawing, in order: (colour number, L picture)."""
     for shape in filter(None, code.split("|")):
-        kind, slot, *numbers = shape[0], int(shape[1]), *(int(n) for n in shape[2:].split())
-        mask = Image.new("L", (side, side))
-        draw, xy = ImageDraw.Draw(mask), [n * side / 100 for n in numbers]
-        if kind == "E":
-            draw.ellipse(xy, fill=255)
-        elif kind == "R":
-            draw.rounded_rectangle(xy, side * 0.05, fill=255)
-        elif kind == "P":
-            draw.polygon(xy, fill=255)
-        elif kind == "C":
-            draw.pieslice(xy[:4], numbers[4], numbers[5], fill=255)
-        elif kind == "L":
-            draw.line(xy[:4], fill=255, width=round(xy[4]))
-        elif kind == "A":
-            draw.arc(xy[:4], numbers[4], numbers[5], fill=255, width=round(xy[6]))
-        yield slot, mask
+        numbers = [int(n) for n in shape[2:].split()]
+        mask, xy = Image.new("L", (side, side)), [n * side / 100 for n in numbers]
+        draw = ImageDraw.Draw(mask)
+        {"E": lambda: draw.ellipse(xy, 255),
+         "R": lambda: draw.rounded_rectangle(xy, side * 0.05, 255),
+         "P": lambda: draw.polygon(xy, 255),
+         "C": lambda: draw.pieslice(xy[:4], *numbers[4:], 255),
+         "L": lambda: draw.line(xy[:4], 255, round(xy[4])),
+         "A": lambda: draw.arc(xy[:4], *numbers[4:6], 255, round(xy[6]))}[shape[0]]()
+        yield int(shape[1]), mask
 
 
 def _pattern(name, base, second, side):
@@ -1007,15 +957,36 @@ def _pattern(name, base, second, side):
 
 def _product(rng, category):
     return {"category": category, "hue": int(rng.integers(len(HUES))), "shade": rng.uniform(0.65, 1, 2).tolist(),
-            "drift": rng.uniform(-0.03, 0.03), "second": rng.random(), "pattern": str(rng.choice(PATTERNS, p=[.4] + [.12] * 5)),
-            "pattern_hue": rng.random(), "logo": str(rng.choice(list(LOGOS))), "aspect": rng.uniform(0.85, 1.18)}
+            "drift": rng.uniform(-0.03, 0.03), "second": rng.random(),
+            "pattern": str(rng.choice(PATTERNS, p=[0.4] + [0.12] * 5)), "pattern_hue": rng.random(),
+            "logo": str(rng.choice(list(LOGOS))), "aspect": rng.uniform(0.85, 1.18)}
 
 
 def _lookalike(rng, product):
     """The same product but for one detail."""
-    twin, detail = dict(product), str(rng.choice(["logo", "pattern"]))
-    twin[detail] = str(rng.choice([v for v in (LOGOS if detail == "logo" else PATTERNS) if v != product[detail]]))
-    return twin
+    detail = str(rng.choice(["logo", "pattern"]))
+    others = [value for value in (LOGOS if detail == "logo" else PATTERNS) if value != product[detail]]
+    return product | {detail: str(rng.choice(others))}
+
+
+def _products(rng, categories, count, decoys):
+    """The products of a live, no two alike, and of each the number of the product that its copies began with."""
+    names = [*QUICKSTART, *(name for name in CATEGORIES if name not in QUICKSTART)][:categories]
+    if decoys == "same":                              # few categories in equal parts, so that each has decoys
+        names = [str(name) for name in rng.permutation(names)[:max(1, min(4, count // 4))]]
+        of = [names[p % len(names)] for p in range(count)]
+    else:
+        long_tail = np.arange(1, len(names) + 1) ** -0.5
+        of = [str(name) for name in rng.choice(names, count, p=long_tail / long_tail.sum())]
+    products, family = [], list(range(count))
+    for p, category in enumerate(of):
+        product, before = _product(rng, category), [other for other in range(p) if of[other] == category]
+        if before and rng.random() < LOOKALIKE:
+            while family[p] == p or product in products:                     # two copies may have changed alike
+                like = int(rng.choice(before))
+                product, family[p] = _lookalike(rng, products[like]), family[like]
+        products.append(product)
+    return products, family
 
 
 def _sprite(product, side=192):
@@ -1025,9 +996,8 @@ def _sprite(product, side=192):
              _colour(product["second"], 0.7, 0.75), (52, 48, 52)]
     sprite, body = Image.new("RGBA", (side, side)), Image.new("L", (side, side))
     for slot, mask in _shapes(CATEGORIES[product["category"]], side):
-        fill = Image.new("RGB", (side, side), fills[slot]) if slot else fills[0]
-        sprite.paste(fill, mask=mask)
-        body.paste(255 if slot == 0 else 0, mask=mask)
+        sprite.paste(Image.new("RGB", (side, side), fills[slot]) if slot else fills[0], mask=mask)
+        body.paste(0 if slot else 255, mask=mask)
     if product["logo"]:                                            # where the main colour leaves most room
         room = np.asarray(body.filter(ImageFilter.BoxBlur(side // 9)))
         y, x = np.unravel_index(int(room.argmax()), room.shape)
@@ -1039,25 +1009,24 @@ def _sprite(product, side=192):
 
 
 def _title(rng, product):
-    words = [str(rng.choice(["new", "original", "classic", "hot", "premium"])), HUES[product["hue"]],
-             product["pattern"] if product["pattern"] != "plain" else "", product["category"],
-             f"with {product['logo']}" if product["logo"] else "", str(rng.choice(["free shipping", "sale", "2026", "gift"]))]
-    return " ".join(w for w in words if w)
+    words = [rng.choice(["new", "original", "classic", "hot", "premium"]), HUES[product["hue"]],
+             product["pattern"].replace("plain", ""), product["category"],
+             product["logo"] and f"with {product['logo']}", rng.choice(["free shipping", "sale", "2026", "gift"])]
+    return " ".join(filter(None, words))
 
 
 def _asr(rng, product, pair):
     """What the salesperson says, as a machine heard it: chatter, now and then the product, one word in ten wrong."""
-    said = [str(s) for s in rng.choice(CHATTER, 3, replace=False)]
+    said = [str(text) for text in rng.choice(CHATTER, 3, replace=False)]
     name = [HUES[product["hue"]]] * (pair or rng.random() < 0.5) + [product["pattern"]] * (rng.random() < 0.3)
     name += [product["category"]] * (pair or rng.random() < 0.6)
     said.insert(int(rng.integers(4)), " ".join(name))
-    words = " ".join(said).split()
-    any_word = [*HUES, *CATEGORIES, *" ".join(CHATTER).split()]
+    any_word, words = [*HUES, *CATEGORIES, *" ".join(CHATTER).split()], " ".join(said).split()
     return " ".join(str(rng.choice(any_word)) if rng.random() < WRONG_WORDS else word for word in words)
 
 
 def _place(canvas, sprite, rng, x, y, size, tilt=20):
-    """Paste a product with its centre at (x, y), its longer side `size` pixels; returns its box, hands not counted."""
+    """Paste a product with its centre at (x, y), its longer side `size` pixels -> its box, hands not counted."""
     scale = size / max(sprite.size)
     squeeze = rng.uniform(0.88, 1.0)
     view = sprite.resize((max(3, round(sprite.width * scale * squeeze)), max(3, round(sprite.height * scale))))
@@ -1068,13 +1037,14 @@ def _place(canvas, sprite, rng, x, y, size, tilt=20):
     return [max(0, left + x1), max(0, top + y1), min(canvas.width, left + x2), min(canvas.height, top + y2)]
 
 
-def _backdrop(rng, sprites, stock, side, shelf):
-    """Wall, shelf and table behind one clip, larger than a frame so that the camera can move; any product may stand there."""
+def _backdrop(rng, sprites, stock, side, crowd):
+    """Wall, table and a shelf of products of `stock` behind a clip, larger than a frame so that the camera can move."""
+    shelf = min(len(stock), int(rng.integers(SHELF[crowd][0], SHELF[crowd][1] + 1)))
     big = round(side * 1.15)
-    wall, table = _colour(rng.random(), 0.2, rng.uniform(0.5, 0.95)), _colour(rng.random(), 0.25, rng.uniform(0.35, 0.8))
-    scene = Image.new("RGB", (big, big), wall)
+    wall = _colour(rng.random(), 0.2, rng.uniform(0.5, 0.95))
+    table = _colour(rng.random(), 0.25, rng.uniform(0.35, 0.8))
+    scene, board = Image.new("RGB", (big, big), wall), big * 0.24
     draw = ImageDraw.Draw(scene)
-    board = big * 0.24
     draw.rectangle([0, board, big, board + big * 0.02], fill=tuple(c // 2 for c in wall))
     for n, other in enumerate(rng.choice(stock, shelf, replace=False) if shelf else []):
         size = big * rng.uniform(0.12, 0.17)
@@ -1084,42 +1054,51 @@ def _backdrop(rng, sprites, stock, side, shelf):
     return scene
 
 
-def _frame(rng, scene, sprites, product, others, companion, kind, size, look, side):
-    """One frame of a clip: RGB picture and the intended product's box (None when it is absent)."""
-    pan = rng.integers(0, scene.width - side + 1, 2)
-    frame = scene.crop((int(pan[0]), int(pan[1]), int(pan[0]) + side, int(pan[1]) + side))
-    draw, u = ImageDraw.Draw(frame), side / 100
-    lean = rng.uniform(-6, 6) * u
-    skin, shirt, hair = look
-    middle = 50 * u + lean
-    draw.rounded_rectangle([middle - 20 * u, 44 * u, middle + 20 * u, 104 * u], 9 * u, fill=shirt)
-    draw.rectangle([middle - 4 * u, 36 * u, middle + 4 * u, 47 * u], fill=skin)
-    draw.ellipse([middle - 11 * u, 12 * u, middle + 11 * u, 42 * u], fill=hair)
-    draw.ellipse([middle - 9 * u, 17 * u, middle + 9 * u, 41 * u], fill=skin)
-    hands = [[middle + sign * rng.uniform(18, 30) * u, rng.uniform(50, 68) * u] for sign in (-1, 1)]
+def _salesperson(rng, draw, unit, skin, shirt, hair):
+    """Draw who sells -> where the two hands are, in pixels. unit: a hundredth of the frame's side."""
+    lean = rng.uniform(-6, 6) * unit
+    middle = 50 * unit + lean
+    draw.rounded_rectangle([middle - 20 * unit, 44 * unit, middle + 20 * unit, 104 * unit], 9 * unit, fill=shirt)
+    draw.rectangle([middle - 4 * unit, 36 * unit, middle + 4 * unit, 47 * unit], fill=skin)
+    draw.ellipse([middle - 11 * unit, 12 * unit, middle + 11 * unit, 42 * unit], fill=hair)
+    draw.ellipse([middle - 9 * unit, 17 * unit, middle + 9 * unit, 41 * unit], fill=skin)
+    hands = [[middle + sign * rng.uniform(18, 30) * unit, rng.uniform(50, 68) * unit] for sign in (-1, 1)]
     for sign, hand in zip((-1, 1), hands):
-        elbow = [middle + sign * 27 * u, 72 * u]
-        draw.line([middle + sign * 16 * u, 50 * u, *elbow], fill=shirt, width=round(9 * u))
-        draw.line([*elbow, *hand], fill=skin, width=round(6 * u))
+        elbow = [middle + sign * 27 * unit, 72 * unit]
+        draw.line([middle + sign * 16 * unit, 50 * unit, *elbow], fill=shirt, width=round(9 * unit))
+        draw.line([*elbow, *hand], fill=skin, width=round(6 * unit))
+    return hands
+
+
+def _staged(rng, kind, product, others, companion):
+    """What is in the hands and what lies on the table in a frame of a kind: two lists of products."""
     lifted = kind == "lifted" or kind == "absent" and rng.random() < INSTEAD
     in_hands = {"held": [product], "occluded": [product], "two held": [product, rng.choice(others)],
                 "pair": [product, companion]}.get(kind, [rng.choice(others)] if lifted else [])
     on_table = []
     if kind in ("lifted", "table") or kind == "absent" and rng.random() < 0.5:
-        on_table = list(rng.choice(others, int(rng.integers(2, 4)), replace=False)) + [product] * (kind != "absent")
-    box = None
+        on_table = [*rng.choice(others, int(rng.integers(2, 4)), replace=False)] + [product] * (kind != "absent")
+    return in_hands, on_table
+
+
+def _frame(rng, scene, sprites, product, others, companion, kind, size, look, side):
+    """One frame of a clip: RGB picture and the intended product's box (None when it is absent)."""
+    left, top = (int(edge) for edge in rng.integers(0, scene.width - side + 1, 2))
+    frame = scene.crop((left, top, left + side, top + side))
+    draw, unit, skin, boxes = ImageDraw.Draw(frame), side / 100, look[0], {}
+    hands = _salesperson(rng, draw, unit, *look)
+    in_hands, on_table = _staged(rng, kind, product, others, companion)
     for which, place in zip(rng.permutation(on_table).astype(int), rng.permutation(len(on_table))):
         x = side * (place + 0.5 + rng.uniform(-0.08, 0.08)) / len(on_table)
         y, small = side * rng.uniform(0.80, 0.86), side * min(size, 0.30) * rng.uniform(0.8, 0.95)
-        drawn = _place(frame, sprites[which], rng, x, y, small, tilt=12)
-        box = drawn if which == product else box
-    for which, hand in zip(rng.permutation(in_hands).astype(int), rng.permutation(hands)):     # which hand tells nothing
+        boxes[which] = _place(frame, sprites[which], rng, x, y, small, tilt=12)
+    for which, (x, y) in zip(rng.permutation(in_hands).astype(int), rng.permutation(hands)):  # which hand tells nothing
         amount = size * rng.uniform(0.92, 1.08)
-        drawn = _place(frame, sprites[which], rng, hand[0], hand[1] - 0.12 * amount * side, amount * side)
+        boxes[which] = _place(frame, sprites[which], rng, x, y - 0.12 * amount * side, amount * side)
         for finger in range(3):
-            fx, fy = hand[0] + (finger - 1) * 4 * u, hand[1] + 4 * u
-            draw.ellipse([fx - 2.2 * u, fy - 4 * u, fx + 2.2 * u, fy + 4 * u], fill=skin)
-        box = drawn if which == product else box
+            fx, fy = x + (finger - 1) * 4 * unit, y + 4 * unit
+            draw.ellipse([fx - 2.2 * unit, fy - 4 * unit, fx + 2.2 * unit, fy + 4 * unit], fill=skin)
+    box = boxes.get(product)
     if kind == "occluded":                                              # a palm over a third to a half of the product
         x, y = rng.uniform(box[0], box[2]), rng.uniform(box[1], box[3])
         reach = size * side * rng.uniform(0.22, 0.3)
@@ -1138,231 +1117,178 @@ def _kinds(rng, frames, crowd, pair):
     absent = min(frames - 2, round(rng.choice(list(ABSENT), p=list(ABSENT.values())) * frames / 8))
     clear = CLEAR[_duration(1 - absent / frames)]
     drawn = rng.choice(list(KINDS[crowd]), frames - absent - clear, p=list(KINDS[crowd].values()))
-    shown = ["pair"] * (frames - absent) if pair else ["held"] * clear + [str(k) for k in drawn]
-    return [str(k) for k in rng.permutation(shown + ["absent"] * absent)]
+    shown = ["pair"] * (frames - absent) if pair else ["held"] * clear + [*drawn]
+    return [str(kind) for kind in rng.permutation(shown + ["absent"] * absent)]
 
 
 def _duration(visible):
     return "short" if visible < 0.7 else "medium" if visible < 1 else "long"
 
 
+def _others(rng, product, products, decoys):
+    """The products that may be in view with one, and the companion of a "pair" clip, None in other clips."""
+    others = [other for other in range(len(products)) if other != product]
+    alike, unlike = ([o for o in others if (products[o]["category"] == products[product]["category"]) == same]
+                     for same in (True, False))
+    pair = decoys == "natural" and bool(unlike) and rng.random() < PAIR
+    if decoys == "same" or len(alike) >= 3 and not pair and rng.random() < SIMILAR:
+        others = alike
+    return others, int(rng.choice(unlike)) if pair else None
+
+
 def _render_live(job):
-    """Render one live into the folder; returns its rows (dicts). A function of (seed, split, number) alone."""
+    """Render one live into the folder -> its split, its id, its clips (dicts), {image id: title of its products}.
+
+    A function of (seed, split, number) alone. The first 11 entries of a clip are the columns of a training row.
+    """
     root, split, number, options = job
-    side, frames = options["size"], options["frames"]
+    side, frames, decoys = options["size"], options["frames"], options["decoys"]
     rng = np.random.default_rng((options["seed"], ("train", "val", "test").index(split), number))
-    names = list(QUICKSTART) + [c for c in CATEGORIES if c not in QUICKSTART]
-    names = names[:options["categories"]]
     count = options["products"] if split == "train" else options["gallery"]
-    long_tail = np.arange(1, len(names) + 1) ** -0.5
-    if options["decoys"] == "same":                               # few categories in equal parts, so that each has decoys
-        names = [str(c) for c in rng.permutation(names)[:max(1, min(4, count // 4))]]
-        of = [names[p % len(names)] for p in range(count)]
-    else:
-        of = [str(c) for c in rng.choice(names, count, p=long_tail / long_tail.sum())]
-    products, family = [], list(range(count))
-    for p, category in enumerate(of):
-        product, before = _product(rng, category), [o for o in range(p) if of[o] == category]
-        if before and rng.random() < LOOKALIKE:
-            while family[p] == p or product in products:                     # two copies may have changed alike
-                like = int(rng.choice(before))
-                product, family[p] = _lookalike(rng, products[like]), family[like]
-        products.append(product)
-    sprites = [_sprite(p) for p in products]
-    live = "-".join(f"{int(v):0{w}x}" for v, w in zip(rng.integers(0, [2 ** 32, 2 ** 16, 2 ** 16, 2 ** 16]), (8, 4, 4, 4)))
-    rows, image_ids, titles = [], [], []
-    for p, sprite in zip(products, sprites):
-        image_ids.append(f"{int(rng.integers(10 ** 12)):012d}")
-        titles.append(_title(rng, p))
+    products, family = _products(rng, options["categories"], count, decoys)
+    sprites = [_sprite(product) for product in products]
+    parts = rng.integers(0, [2 ** 32, 2 ** 16, 2 ** 16, 2 ** 16])
+    live, clips, titles = "-".join(f"{int(v):0{w}x}" for v, w in zip(parts, (8, 4, 4, 4))), [], {}
+    for product, sprite in zip(products, sprites):
+        image_id = f"{int(rng.integers(10 ** 12)):012d}"
+        titles[image_id] = _title(rng, product)
         picture = Image.new("RGB", (side, side), (rng.integers(235, 256),) * 3)
         _place(picture, sprite, rng, side / 2, side / 2, side * rng.uniform(0.78, 0.9), tilt=3)
-        picture.save(root / "images" / f"{image_ids[-1]}.jpg", quality=90)
+        picture.save(root / "images" / f"{image_id}.jpg", quality=90)
     again = max(0, options["clips"] - count) if split == "train" else 0          # some products are shown a second time
     chosen = [*rng.permutation(count), *rng.integers(0, count, again)]
     skin = _colour(0.07, rng.uniform(0.25, 0.6), rng.uniform(0.5, 0.95))
     shirt = _colour(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.3, 0.9))
     look = skin, shirt, _colour(0.08, 0.5, rng.uniform(0.1, 0.5))
-    start = 1667916000000 + number * 86400000
-    for product in chosen:
-        product = int(product)
-        name = products[product]["category"]
-        others = [o for o in range(count) if o != product]
-        alike, unlike = ([o for o in others if (products[o]["category"] == name) == same] for same in (True, False))
-        pair = options["decoys"] == "natural" and bool(unlike) and rng.random() < PAIR
-        if options["decoys"] == "same" or len(alike) >= 3 and not pair and rng.random() < SIMILAR:
-            others = alike
-        companion = int(rng.choice(unlike)) if pair else None
+    for n, product in enumerate(map(int, chosen)):
+        others, companion = _others(rng, product, products, decoys)
         scale, crowd = str(rng.choice(list(SIZES))), str(rng.choice(list(SHELF)))
-        low, high = SHELF[crowd]
-        stock = [product, *others]
-        scene = _backdrop(rng, sprites, stock, side, min(len(stock), int(rng.integers(low, high + 1))))
-        size, kinds = rng.uniform(*SIZES[scale]), _kinds(rng, frames, crowd, pair)
+        scene = _backdrop(rng, sprites, [product, *others], side, crowd)
+        size, kinds = rng.uniform(*SIZES[scale]), _kinds(rng, frames, crowd, companion is not None)
+        asr = _asr(rng, products[product], companion is not None)
+        start = 1667916000000 + number * 86400000 + n * (frames * 1000 + 30000)
         video_id = f"{live}-{start}-{start + frames * 1000}"
-        start += frames * 1000 + 30000
-        cases = ["two in view"] * pair + ["near-identical"] * (family.count(family[product]) > 1)
-        row = {"video_id": video_id, "frame_ids": [f"{video_id}-{t:04d}" for t in range(frames)], "boxes": [], "kinds": kinds,
-               "image_id": image_ids[product], "title": titles[product], "category": list(CATEGORIES).index(name), "name": name,
-               "asr": _asr(rng, products[product], pair), "scale": scale, "number": crowd, "cases": cases}
-        for frame_id, kind in zip(row["frame_ids"], kinds):
+        frame_ids, boxes = [f"{video_id}-{t:04d}" for t in range(frames)], []
+        for frame_id, kind in zip(frame_ids, kinds):
             picture, box = _frame(rng, scene, sprites, product, others, companion, kind, size, look, side)
             picture.save(root / "frames" / f"{frame_id}.jpg", quality=85)
-            row["boxes"].append(box or [])
-        row["duration"] = _duration(sum(bool(b) for b in row["boxes"]) / frames)
-        rows.append(row)
-    return split, live, rows, image_ids, titles
+            boxes.append(box or [])
+        name, (image_id, title) = products[product]["category"], list(titles.items())[product]
+        clips.append({
+            "video_id": video_id, "frame_ids": frame_ids, "boxes": boxes, "image_id": image_id, "title": title,
+            "category": list(CATEGORIES).index(name), "name": name, "asr": asr, "scale": scale,
+            "duration": _duration(sum(map(bool, boxes)) / frames), "number": crowd, "kinds": kinds,
+            "two in view": companion is not None, "near-identical": family.count(family[product]) > 1})
+    return split, live, clips, titles
 
 
-LIVESTREAMS = {"runs/livestreams": {}, "runs/livestreams-small": {
-    "lives": 80, "test_lives": 20, "products": 25, "clips": 150, "gallery": 100, "frames": 10, "size": 160, "categories": 34}}
+LIVESTREAMS = {"runs/livestreams": {}, "runs/livestreams-small": {                     # what train.py renders by itself
+    "lives": 80, "test_lives": 20, "products": 25, "clips": 150, "gallery": 100, "frames": 10, "size": 160,
+    "categories": 34}}
+NUMBERS = {                # of a rendering: default, least, most, meaning
+    "seed": (0, 0, 2 ** 63, "the same seed gives the same files"),
+    "lives": (72, 1, 1_000_000, "training lives"),
+    "val_lives": (4, 0, 1_000_000, "validation lives"),
+    "test_lives": (10, 0, 1_000_000, "test lives"),
+    "products": (24, 4, 1_000_000, "products of a training live"),
+    "clips": (28, 1, 1_000_000, "clips of a training live, at least one for each product"),
+    "gallery": (50, 4, 1_000_000, "products (and clips) of a val or test live"),
+    "frames": (8, 4, 9999, "frames of a clip, one a second"),
+    "size": (96, 32, 4096, "side of a frame in pixels"),
+    "categories": (len(QUICKSTART), 1, len(CATEGORIES),
+                   f"how many of the {len(CATEGORIES)} categories; the first 8 are {', '.join(QUICKSTART)}")}
 
 
-def render(root, seed=0, lives=72, val_lives=4, test_lives=10, products=24, clips=28, gallery=50, frames=8, size=96,
-           categories=len(QUICKSTART), decoys="natural", processes=None, progress=True):
-    """Render livestreams into `root` (LPR4M's layout), deterministic in the seed whatever the number of processes.
+def render(root, decoys="natural", processes=None, progress=True, **numbers):
+    """Render livestreams into `root` (LPR4M's layout), a function of the numbers alone, see NUMBERS.
 
-    Training lives show `products` products in `clips` clips; val and test lives one clip for each of their `gallery`
-    products. Products of different lives are different ones. decoys: "natural", any other product of the live, or "same",
-    only those of the intended product's category (a stress test). The folder appears when it is complete.
+    Products of different lives are different ones. decoys: "natural", any other product of the live, or "same", only
+    those of the intended product's category (a stress test). The folder appears when it is complete.
     """
-    most = 1_000_000
-    for name, value, low, high in (
-            ("seed", seed, 0, 2 ** 63), ("lives", lives, 1, most), ("val-lives", val_lives, 0, most), ("test-lives", test_lives, 0, most),
-            ("products", products, 4, most), ("clips", clips, 1, most), ("gallery", gallery, 4, most), ("frames", frames, 4, 9999),
-            ("size", size, 32, 4096), ("categories", categories, 1, len(CATEGORIES))):
-        if not low <= value <= high:
-            raise BadInput(f"--{name} {value}: expected {low} to {high}")
+    options = {name: default for name, (default, *_) in NUMBERS.items()} | numbers
+    for name, number in options.items():
+        _, least, most, _ = NUMBERS[name]
+        if not least <= number <= most:
+            raise BadInput(f"--{name.replace('_', '-')} {number}: expected {least} to {most}")
+    options["decoys"] = decoys
     root = Path(root)
     if root.exists():
         raise BadInput(f"{root} exists; render into another folder or remove it first")
-    output_folder(root.parent)
     work = root.with_name(f"{root.name}.rendering")
+    output_folder(root.parent)
     shutil.rmtree(work, ignore_errors=True)                              # what an interrupted rendering left
     for folder in ("annotations", "frames", "images"):
-        (work / folder).mkdir(parents=True)
-    options = {"seed": seed, "products": products, "clips": clips, "gallery": gallery, "frames": frames, "size": size,
-               "categories": categories, "decoys": decoys}
-    counts = {"train": lives, "val": val_lives, "test": test_lives}
+        output_folder(work / folder)
+    counts = {"train": options["lives"], "val": options["val_lives"], "test": options["test_lives"]}
     jobs = [(work, split, n, options) for split, count in counts.items() for n in range(count)]
-    total = frames * (lives * max(clips, products) + (val_lives + test_lives) * gallery)
-    done = {"train": [], "val": [], "test": []}
-    with multiprocessing.get_context("spawn").Pool(max(1, processes or os.cpu_count())) as pool, \
-            tqdm(total=total, unit="frame", desc=f"render {root}", disable=not progress) as bar:
-        for split, *live in pool.imap(_render_live, jobs):
+    done = {split: [] for split in counts}
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        rendered = pool.imap(_render_live, jobs)
+        for split, *live in tqdm(rendered, f"render {root}", len(jobs), unit="live", disable=not progress):
             done[split].append(live)
-            bar.update(sum(len(row["frame_ids"]) for row in live[1]))
-    notes = work / "annotations"
-    with open(notes / "training_videoinfo_part_00.txt", "w", encoding="utf-8") as file:
-        for row in (row for _, rows, _, _ in done["train"] for row in rows):
-            columns = ("video_id", "frame_ids", "boxes", "image_id", "title", "category", "name", "asr", "scale", "duration", "number")
-            file.write("\t".join(row[c] if isinstance(row[c], str) else json.dumps(row[c]) for c in columns) + "\n")
-    for split in (s for s in ("val", "test") if counts[s]):
-        rows = [row for _, live_rows, _, _ in done[split] for row in live_rows]
-        texts = [(i, t) for _, _, ids, titles in done[split] for i, t in zip(ids, titles)]
-        pairs = [(row, f, b, k) for row in rows for f, b, k in zip(row["frame_ids"], row["boxes"], row["kinds"])]
-        files = {f"videoid_asr_{len(rows)}.txt": "".join(f"{r['video_id']}\t{r['asr']}\n" for r in rows),
-                 f"image_title_{len(texts)}.txt": "".join(f"{i}\t{t}\n" for i, t in texts),
-                 f"videoid_to_gtimage_{len(rows)}.json": json.dumps({r["video_id"]: [r["image_id"]] for r in rows}),
-                 f"frameid2gtbox_{len(pairs)}.json": json.dumps({f: [[*b, r["category"]]] if b else [] for r, f, b, _ in pairs}),
-                 f"liveid_to_gallery_{len(done[split])}.json": json.dumps({live: ids for live, _, ids, _ in done[split]}),
-                 f"frameid2kind_{len(pairs)}.json": json.dumps({f: k for _, f, _, k in pairs})}
-        files |= {f"{name}_{value}.txt": "".join(f"{r['video_id']}\n" for r in rows if r[name] == value)
-                  for name, values in SPLITS.items() for value in values}
-        files |= {f"case_{case.replace(' ', '-')}.txt": "".join(f"{r['video_id']}\n" for r in rows if case in r["cases"]) for case in CASES}
-        for name, text in files.items():
-            (notes / f"{split}_{name}").write_text(text, encoding="utf-8")
+    for split, lives in done.items():
+        _write_texts(work / "annotations", _annotations(split, lives) if lives else {})
     work.rename(root)
 
 
-# ------------------------------------------------------------------ checking a folder
+def _annotations(split, lives):
+    """The annotations of a rendered split, from the lives as _render_live gives them: {file name: text}."""
+    clips = [clip for _, clips, _ in lives for clip in clips]
+    if split == "train":
+        rows = ([entry if isinstance(entry, str) else json.dumps(entry) for entry in clip.values()] for clip in clips)
+        return {"training_videoinfo_part_00.txt": "".join("\t".join(row[:11]) + "\n" for row in rows)}
+    titles = [pair for _, _, titles in lives for pair in titles.items()]
+    boxes, kinds = {}, {}
+    for clip in clips:
+        kinds |= zip(clip["frame_ids"], clip["kinds"])
+        boxes |= {f: [[*box, clip["category"]]] if box else [] for f, box in zip(clip["frame_ids"], clip["boxes"])}
+    files = {f"videoid_asr_{len(clips)}.txt": "".join(f"{clip['video_id']}\t{clip['asr']}\n" for clip in clips),
+             f"image_title_{len(titles)}.txt": "".join(f"{image_id}\t{title}\n" for image_id, title in titles),
+             f"videoid_to_gtimage_{len(clips)}.json": json.dumps({c["video_id"]: [c["image_id"]] for c in clips}),
+             f"frameid2gtbox_{len(boxes)}.json": json.dumps(boxes),
+             f"liveid_to_gallery_{len(lives)}.json": json.dumps({live: list(titles) for live, _, titles in lives}),
+             f"frameid2kind_{len(kinds)}.json": json.dumps(kinds)}
+    parts = {f"{name}_{value}": (name, value) for name, values in SPLITS.items() for value in values}
+    parts |= {f"case_{case.replace(' ', '-')}": (case, True) for case in CASES}
+    files |= {f"{part}.txt": "".join(f"{clip['video_id']}\n" for clip in clips if clip[name] == value)
+              for part, (name, value) in parts.items()}
+    return {f"{split}_{name}": text for name, text in files.items()}
+
+
+def _write_texts(folder, texts):
+    """{file name: text} -> the files."""
+    for name, text in texts.items():
+        with whole(folder / name) as part:
+            Path(part).write_text(text, encoding="utf-8")
+
+
+# ------------------------------------------------------------------ a room of its own: checking a folder
 
 
 def check(root, processes=None):
-    """Walk a data folder once, print what is in it and what is wrong with it (ten of each kind), as file:row where there is one.
-
-    -> True when more than 1 % of anything is unusable.
-    """
-    root, found = Path(root), {}                       # found: kind of problem -> [how many, of how many, the first ten]
-
-    def problem(kind, text):
-        entry = found.setdefault(kind, [0, 0, []])
-        entry[0] += 1
-        entry[2] += [text][:10 - len(entry[2])]
-
-    def of(kind, total):
-        found.setdefault(kind, [0, 0, []])[1] += total
-
-    splits = ["train"] * any((root / "annotations").glob("training_videoinfo_*")) + [
-        s for s in ("val", "test") if any((root / "annotations").glob(f"{s}_*"))]
+    """Print what is in a folder and what is wrong with it -> True when more than 1 % of anything is unusable."""
+    root, found, boxes, images = Path(root), {}, Counter(), set()
+    starts = {"train": "training_videoinfo", "val": "val", "test": "test"}
+    splits = [split for split, start in starts.items() if any((root / "annotations").glob(f"{start}_*"))]
     if not splits:
-        raise BadInput(f"{root}/annotations: no training_videoinfo_*.txt and no test files; is this a data folder in the LPR4M layout?")
-    images, boxes, waiting = {}, {"kept": 0, "clipped": 0, "dropped": 0}, []
-
-    def look(pool):
-        """Decode the frames of the clips that wait, on all processes; so many at a time that memory stays as it is."""
-        for frames, bad, tally in pool.imap_unordered(_check_frames, waiting, chunksize=8):
-            for text in bad:
-                problem("frames", text)
-            of("frames", frames)
-            for key in boxes:
-                boxes[key] += tally[key]
-        waiting.clear()
-
-    with multiprocessing.get_context("spawn").Pool(max(1, processes or os.cpu_count())) as pool:
+        raise BadInput(f"{root}/annotations: no training_videoinfo_*.txt and no test files; "
+                       "is this a data folder in the LPR4M layout?")
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for split in splits:
-            of("files", 1)
+            _add(found, "files", [], 1)
             try:
-                lives = Lives(root, split, (lambda text: problem("rows", text)) if split == "train" else None)
+                lives = Lives(root, split, lambda text: _add(found, "rows", [text]))
             except BadInput as error:
-                problem("files", str(error))
+                _add(found, "files", [str(error)])
                 continue
-            counts, texts, ids, numbers = {}, {"ASR": [0, 0], "title": [0, 0]}, array("q"), array("q")
-            for i in tqdm(range(len(lives)), unit="clip", desc=f"check {split}"):
-                try:
-                    clip = lives.clip(i)
-                except BadInput as error:
-                    problem("rows", str(error))
-                    continue
-                ids.append(_number(clip.video_id.encode()))
-                numbers.append(i)
-                boxes["dropped"] += clip.dropped
-                images.update(dict.fromkeys(clip.image_ids))
-                for text, name in ((clip.asr, "ASR"), (clip.title, "title")):
-                    texts[name][0] += bool(text)
-                    texts[name][1] += len(text.split())
-                named = [lives.categories.get(clip.category, "(no category)")] if split == "train" else []
-                for name in named + [f"{value} {name}" for value, name in zip(clip.splits, SPLITS) if value]:
-                    counts[name] = counts.get(name, 0) + 1
-                if not clip.frame_ids:
-                    problem("clips without frames", clip.video_id)
-                waiting.append((lives, clip.frame_ids, clip.boxes))
-                if len(waiting) == 1000:
-                    look(pool)
-            look(pool)
-            of("rows", len(lives))
-            of("clips without frames", len(lives))
-            order = np.argsort(np.asarray(ids), kind="stable")
-            for again in order[1:][np.diff(np.asarray(ids)[order]) == 0]:
-                row = numbers[int(again)]
-                problem("ids given twice", f"{lives.where(row) if split == 'train' else split}: {lives.clip(row).video_id}")
-            of("ids given twice", len(ids))
-            if split != "train":
-                _check_partners(lives, problem, of)
-                images.update(dict.fromkeys(i for gallery in lives.galleries.values() for i in gallery))
-                counts = {f"{value} {name}": len(members) for (name, value), members in lives.members.items() if members}
-            print(f"{split}: {len(lives)} clips, {int(lives.lengths.sum())} frames, "
-                  f"{int((lives.frame_counts > 0).sum())} clips annotated; " + "; ".join(
-                      f"{name} on {100 * some / max(1, len(lives)):.1f} %, {words / max(1, some):.1f} words" for name, (some, words) in texts.items()))
-            print("".join(f"    {name}: {count}\n" for name, count in sorted(counts.items())), end="")
-        lives = Lives.pictures(root)
-        looked_at = pool.imap_unordered(_check_image, ((lives, i) for i in images), chunksize=64)
-        for text in tqdm(looked_at, total=len(images), unit="image", desc="check images"):
-            if text:
-                problem("images", text)
-        of("images", len(images))
-    total = sum(boxes.values())
+            _check_split(lives, pool, found, boxes, images)
+        jobs = ((root, (), None, [image_id]) for image_id in sorted(images))
+        looked_at = pool.imap_unordered(_look, jobs, chunksize=64)
+        for _, bad, _ in tqdm(looked_at, "check images", len(images), unit="image"):
+            _add(found, "images", bad, 1)
     print(f"boxes: {boxes['kept']} whole, {boxes['clipped']} stick out of the picture and are clipped, "
           f"{boxes['dropped']} without area or outside are dropped")
-    found["boxes"] = [boxes["dropped"], total, []]
+    found["boxes"] = [boxes["dropped"], boxes.total(), []]
     for kind, (count, out_of, first) in found.items():
         if count:
             print(f"{kind}: {count} of {out_of} unusable", *(f"    {text}" for text in first), sep="\n")
@@ -1371,13 +1297,60 @@ def check(root, processes=None):
     return bool(spoilt)
 
 
-def _check_frames(job):
-    """Frames of a clip -> how many, what is wrong with them, and how their boxes lie in the picture."""
-    lives, frame_ids, boxes = job
-    bad, tally = [], {"kept": 0, "clipped": 0, "dropped": 0}
-    for t, frame_id in enumerate(frame_ids):
+def _add(found, kind, texts, total=0):
+    """Problems of a kind join those found: {kind: (how many, of how many, the first ten)}."""
+    count, out_of, first = found.get(kind, (0, 0, []))
+    found[kind] = count + len(texts), out_of + total, (first + texts)[:10]
+
+
+def _check_split(lives, pool, found, boxes, images):
+    """Every clip and frame of a split: adds to the problems found, the boxes counted and the shop images to look at."""
+    counts, said, ids = Counter(), Counter(), np.full(len(lives), -1)
+    with tqdm(total=len(lives), unit="clip", desc=f"check {lives.split}") as bar:
+        for low in range(0, len(lives), 1000):                   # so many at a time that memory stays as it is
+            waiting = []
+            for i in range(low, min(low + 1000, len(lives))):
+                try:
+                    clip = lives.clip(i)
+                except BadInput as error:
+                    _add(found, "rows", [str(error)])
+                    continue
+                ids[i] = _number(clip.video_id.encode())
+                boxes["dropped"] += clip.dropped
+                images.update(clip.image_ids)
+                counts.update(f"{value} {name}" for value, name in zip(clip.splits, SPLITS) if value)
+                counts.update([lives.categories.get(clip.category, "(no category)")] if lives.split == "train" else ())
+                for name, text in (("ASR", clip.asr), ("title", clip.title)):
+                    said.update({name: bool(text), f"{name} words": len(text.split())})
+                _add(found, "clips without frames", [] if clip.frame_ids else [clip.video_id])
+                waiting.append((lives.root, clip.frame_ids, clip.boxes, ()))
+            for frames, bad, tally in pool.imap_unordered(_look, waiting, chunksize=8):
+                _add(found, "frames", bad, frames)
+                boxes.update(tally)
+            bar.update(min(1000, len(lives) - low))
+    _add(found, "rows", [], len(lives))
+    _add(found, "clips without frames", [], len(lives))
+    order = np.argsort(ids, kind="stable")
+    again = [int(i) for i in order[1:][np.diff(ids[order]) == 0] if ids[i] >= 0]
+    texts = [f"{lives.where(i) if lives.split == 'train' else lives.split}: {lives.clip(i).video_id}" for i in again]
+    _add(found, "ids given twice", texts, int((ids >= 0).sum()))
+    if lives.split != "train":
+        _check_partners(lives, found)
+        images.update(image_id for gallery in lives.galleries.values() for image_id in gallery)
+        counts = {f"{value} {name}": len(members) for (name, value), members in lives.members.items() if members}
+    texts = "; ".join(f"{name} on {100 * said[name] / len(lives):.1f} %, "
+                      f"{said[f'{name} words'] / max(1, said[name]):.1f} words" for name in ("ASR", "title"))
+    print(f"{lives.split}: {len(lives)} clips, {lives.lengths.sum()} frames, {(lives.frame_counts > 0).sum()} clips "
+          f"annotated; {texts}", *(f"    {name}: {count}" for name, count in sorted(counts.items())), sep="\n")
+
+
+def _look(job):
+    """Frames of a clip, or shop images -> how many, what is wrong with them, and how boxes lie in the frames."""
+    root, frame_ids, boxes, image_ids = job
+    lives, bad, tally = Lives.pictures(root), [], Counter()
+    for t, name in enumerate([*frame_ids, *image_ids]):
         try:
-            _, (width, height) = lives.frame(frame_id)
+            _, (width, height) = lives.frame(name) if t < len(frame_ids) else (lives.image(name), (0, 0))
         except BadInput as error:
             bad.append(str(error))
             continue
@@ -1385,82 +1358,73 @@ def _check_frames(job):
             outside = min(x2, width) <= max(x1, 0) or min(y2, height) <= max(y1, 0)
             sticks = x1 < 0 or y1 < 0 or x2 > width or y2 > height
             tally["dropped" if outside else "clipped" if sticks else "kept"] += 1
-    return len(frame_ids), bad, tally
+    return len(frame_ids) + len(image_ids), bad, tally
 
 
-def _check_image(job):
-    lives, image_id = job
-    try:
-        lives.read("images", _safe_id(image_id, f"{lives.root}/images"))
-    except BadInput as error:
-        return str(error)
-
-
-def _check_partners(lives, problem, of):
-    """Ids of a test split that have to meet: clips, true images, galleries, titles, splits; and the counts in file names."""
-    known = set(lives.video_ids)
-    for video_id in lives.video_ids:
-        gallery = lives.galleries.get(live_of(video_id))
-        if lives.galleries and gallery is None:
-            problem("lives without a gallery", live_of(video_id))
-        elif lives.galleries and not set(lives.positives.get(video_id, ())) & set(gallery):
-            problem("clips whose true images are not in their gallery", video_id)
-        if video_id not in lives.asr:
-            problem("ids without a partner", f"{video_id}: no ASR row")
-    for (name, value), members in lives.members.items():
-        for video_id in sorted(members - known):
-            problem("ids without a partner", f"{lives.split}_{name}_{value}.txt: {video_id} is no clip")
-    shown = {i for gallery in lives.galleries.values() for i in gallery}
-    for kind, total in (("lives without a gallery", len(known)), ("clips whose true images are not in their gallery", len(known)),
-                        ("ids without a partner", len(known))):
-        of(kind, total)
-    print(f"{lives.split}: {len(lives.galleries)} galleries of {len(shown)} images, {sum(bool(lives.titles.get(i)) for i in shown)} with a title")
-    for name, entries in (("videoid_asr", lives.asr), ("image_title", lives.titles), ("videoid_to_gtimage", lives.positives),
-                          ("frameid2gtbox", lives.truth), ("liveid_to_gallery", lives.galleries)):
+def _check_partners(lives, found):
+    """What of a test split has to meet: clips, true images, galleries, titles, splits; the counts in file names."""
+    galleries = {v: lives.galleries.get(live_of(v)) for v in lives.video_ids if lives.galleries}
+    apart = [v for v, ids in galleries.items() if ids is not None and not set(lives.positives.get(v, ())) & set(ids)]
+    alone = [f"{v}: no ASR row" for v in lives.video_ids if v not in lives.asr]
+    alone += [f"{lives.split}_{name}_{value}.txt: {v} is no clip" for (name, value), members in lives.members.items()
+              for v in sorted(members - set(lives.video_ids))]
+    _add(found, "lives without a gallery", [live_of(v) for v, ids in galleries.items() if ids is None], len(lives))
+    _add(found, "clips whose true images are not in their gallery", apart, len(lives))
+    _add(found, "ids without a partner", alone, len(lives))
+    shown = {image_id for gallery in lives.galleries.values() for image_id in gallery}
+    print(f"{lives.split}: {len(lives.galleries)} galleries of {len(shown)} images, "
+          f"{sum(bool(lives.titles.get(image_id)) for image_id in shown)} with a title")
+    for name, entries in (("videoid_asr", lives.asr), ("image_title", lives.titles),
+                          ("videoid_to_gtimage", lives.positives), ("frameid2gtbox", lives.truth),
+                          ("liveid_to_gallery", lives.galleries)):
         for path in (lives.root / "annotations").glob(f"{lives.split}_{name}_*"):
             expected = path.stem.rpartition("_")[2]
-            print(f"    {path.name}: {len(entries)} entries" + (f", its name says {expected}" if expected.isdigit() else ""))
+            says = f", its name says {expected}" if expected.isdigit() else ""
+            print(f"    {path.name}: {len(entries)} entries{says}")
 
 
-# ------------------------------------------------------------------ getting the real data
+# ------------------------------------------------------------------ a room of its own: getting the real data
 
 
 def link(download, root):
-    """img2dataset's output (numbered pictures, each with a JSON side file that holds its url) -> root/frames and root/images.
+    """img2dataset's output (numbered pictures, each with a JSON side file of its url) -> root/frames and root/images.
 
     A picture's id is its url's last part; a frame's id ends in -start_ms-end_ms-index. Hard links, or copies across
     devices; what is there already is left. A frame stored at another size keeps its side file. -> counts
     """
+    if not Path(download).is_dir():
+        raise BadInput(f"{download}: no such folder; expected what img2dataset wrote with --output_format files")
     done = {"linked": 0, "there before": 0, "failed to download": 0, "without an id": 0}
     sides = (os.path.join(folder, name) for folder, _, names in os.walk(download) for name in sorted(names)
              if name.endswith(".json") and not name.endswith("_stats.json"))
-    if not Path(download).is_dir():
-        raise BadInput(f"{download}: no such folder; expected what img2dataset wrote with --output_format files")
     with tqdm(sides, unit="picture", desc=f"link {download}") as bar:
         for side in bar:
-            picture = next((p for p in (side[:-5] + ".jpg", side[:-5] + ".png") if os.path.isfile(p) and not os.path.islink(p)), None)
-            try:
-                if os.path.islink(side):                                    # may lead anywhere
-                    raise ValueError
-                about = json.loads(Path(side).read_text(encoding="utf-8"))
-                name = _safe_id(Path(str(about["url"]).split("?")[0]).stem, side)
-            except (ValueError, KeyError, TypeError, RecursionError, BadInput):
-                done["without an id"] += 1
-                continue
-            if picture is None:
-                done["failed to download"] += 1
-                continue
-            parts = name.rsplit("-", 3)
-            kind = "frames" if len(parts) == 4 and all(part.isdecimal() for part in parts[1:]) else "images"
-            target = Path(root) / kind / name[:2] / (name + picture[-4:])
-            target.parent.mkdir(parents=True, exist_ok=True)
-            sizes = [(about.get(f"{when}width"), about.get(f"{when}height")) for when in ("original_", "")]
-            if kind == "frames" and sizes[0] != sizes[1]:
-                _link(side, target.with_suffix(".json"))
-            done["linked" if _link(picture, target) else "there before"] += 1
+            done[_link_picture(side, Path(root))] += 1
             bar.set_postfix(done, refresh=False)
     print(", ".join(f"{name}: {count}" for name, count in done.items()))
     return done
+
+
+def _link_picture(side, root):
+    """The picture of a side file gets its place in the layout -> what became of it."""
+    try:
+        if os.path.islink(side):                                    # may lead anywhere
+            return "without an id"
+        about = json.loads(Path(side).read_text(encoding="utf-8"))
+        name = _safe_id(Path(str(about["url"]).split("?")[0]).stem, side)
+    except (ValueError, KeyError, TypeError, RecursionError, BadInput):
+        return "without an id"
+    for ending in (".jpg", ".png"):
+        picture = side.removesuffix(".json") + ending
+        if os.path.isfile(picture) and not os.path.islink(picture):
+            kind = "frames" if re.fullmatch(r".*-\d+-\d+-\d+", name) else "images"
+            target = root / kind / name[:2] / (name + ending)
+            output_folder(target.parent)
+            sizes = [(about.get(f"{when}width"), about.get(f"{when}height")) for when in ("original_", "")]
+            if kind == "frames" and sizes[0] != sizes[1]:
+                _link(side, target.with_suffix(".json"))
+            return "linked" if _link(picture, target) else "there before"
+    return "failed to download"
 
 
 def _link(source, target):
@@ -1476,139 +1440,124 @@ def _link(source, target):
 
 
 def movingfashion(source, root, processes=None):
-    """MovingFashion (train.json, test.json, videos/, imgs/) -> the LPR4M layout in `root`: a clip a video, a frame a second.
+    """MovingFashion (train.json, test.json, videos/, imgs/) -> the layout in `root`: a clip a video, a frame a second.
 
-    Frames are taken by the ffmpeg program; a video that was done before is left. All test images form one gallery. Each key of
-    the JSON files has img_path, video_paths and source (SEAM's README). A video that ffmpeg cannot read is counted and left out.
+    Frames are taken by the ffmpeg program; a video that was done before is left, one that ffmpeg cannot read is counted
+    and left out. All test images form one gallery.
     """
     source, root = Path(source), Path(root)
     if not shutil.which("ffmpeg"):
-        raise BadInput("movingfashion needs the program ffmpeg on PATH to cut videos into frames; install it (apt install ffmpeg)")
-    products = []
-    for split in ("train", "test"):
-        path = source / f"{split}.json"
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-            for key, entry in entries.items():
-                image, videos = entry["img_path"], entry["video_paths"]
-                if not isinstance(videos, list) or not all(isinstance(name, str) for name in (image, *videos)):
-                    raise TypeError(f"{key}: img_path is a text, video_paths a list of texts")
-                products.append((split, _safe_id(key, path), image, videos))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BadInput(f"{path}: expected {{key: {{img_path, video_paths, source}}}}: {type(error).__name__} {error}") from None
+        raise BadInput("movingfashion needs the program ffmpeg on PATH to cut videos into frames; install it "
+                       "(apt install ffmpeg)")
+    products = [(split, *product) for split in ("train", "test") for product in _fashion(source / f"{split}.json")]
     for name in ("annotations", "frames", "images"):
         output_folder(root / name)
-    jobs, rows = [], []
-    for number, (split, key, image, videos) in enumerate(products):
-        picture = _inside(source, image)
-        image_id = f"{split}-{key}"
-        if picture.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+    videos, gallery = [], []                                          # (split, image_id, video_id, path)
+    for number, (split, key, image, paths) in enumerate(products):
+        picture, image_id = inside(source / image, source).resolve(), f"{split}-{key}"
+        ending = picture.suffix.lower().replace("jpeg", "jpg")
+        if ending not in (".jpg", ".png"):
             raise BadInput(f"{source}/{split}.json: {key}: img_path: expected a .jpg or .png, found {image!r}")
-        _link(picture, root / "images" / f"{image_id}.{'png' if picture.suffix.lower() == '.png' else 'jpg'}")
-        for n, video in enumerate(videos):
-            video_id = f"movingfashion-{number}-{n}"
-            jobs.append((str(_inside(source, video)), str(root / "frames"), video_id))
-            rows.append((split, video_id, image_id))
-    with ThreadPool(max(1, processes or os.cpu_count())) as pool:
-        counts = list(tqdm(pool.imap(_cut_video, jobs), total=len(jobs), unit="video", desc=f"cut {source}"))
-    rows = [(*row, count) for row, count in zip(rows, counts) if count]
-    notes = root / "annotations"
-    with whole(notes / "training_videoinfo_movingfashion.txt") as part, open(part, "w", encoding="utf-8") as file:
-        for split, video_id, image_id, count in rows:
-            if split == "train":
-                frames = json.dumps([f"{video_id}-{t:04d}" for t in range(count)])
-                file.write("\t".join([video_id, frames, "[]", image_id, *[""] * 7]) + "\n")
-    test = [row for row in rows if row[0] == "test"]
-    gallery = [f"test-{key}" for split, key, *_ in products if split == "test"]
-    for name, text in {f"videoid_asr_{len(test)}.txt": "".join(f"{row[1]}\t\n" for row in test),
-                       f"videoid_to_gtimage_{len(test)}.json": json.dumps({row[1]: [row[2]] for row in test}),
-                       "liveid_to_gallery_1.json": json.dumps({"movingfashion": gallery})}.items():
-        for old in notes.glob(f"test_{name.rpartition('_')[0]}_*"):
-            old.unlink()
-        with whole(notes / f"test_{name}") as part:
-            Path(part).write_text(text, encoding="utf-8")
-    print(f"{len(rows)} videos of {len(jobs)} cut into {sum(counts)} frames; {len(jobs) - len(rows)} could not be read; "
-          f"{len(products)} shop images. Train with: python train.py --stage rice --view frame --data {root}")
+        _link(picture, root / "images" / f"{image_id}{ending}")
+        gallery += [image_id] if split == "test" else []
+        videos += [(split, image_id, f"movingfashion-{number}-{n}", inside(source / path, source).resolve())
+                   for n, path in enumerate(paths)]
+    with ThreadPool(processes) as pool:
+        cut = pool.imap(lambda video: _cut_video(*video[2:], root / "frames"), videos)
+        counts = list(tqdm(cut, total=len(videos), unit="video", desc=f"cut {source}"))
+    rows, test = [], {}
+    for (split, image_id, video_id, _), count in zip(videos, counts):
+        if count and split == "test":
+            test[video_id] = [image_id]
+        elif count:
+            frame_ids = json.dumps([f"{video_id}-{t:04d}" for t in range(count)])
+            rows.append("\t".join([video_id, frame_ids, "[]", image_id, *[""] * 7]) + "\n")
+    _write_texts(root / "annotations", {
+        "training_videoinfo_movingfashion.txt": "".join(rows),
+        "test_videoid_asr_movingfashion.txt": "".join(f"{video_id}\t\n" for video_id in test),
+        "test_videoid_to_gtimage_movingfashion.json": json.dumps(test),
+        "test_liveid_to_gallery_movingfashion.json": json.dumps({"movingfashion": gallery})})
+    print(f"{len(rows) + len(test)} videos of {len(videos)} cut into {sum(counts)} frames; {counts.count(0)} could not "
+          f"be read; {len(products)} shop images. Train with: python train.py --stage rice --view frame --data {root}")
 
 
-def _inside(source, name):
-    """A path that a file of the data names, which must not lead out of its folder."""
-    path = (source / name.replace("\0", "")).resolve()
-    if "\0" in name or not path.is_relative_to(source.resolve()):
-        raise BadInput(f"{source}: {name[:60]!r} leads out of the folder")
-    return path
+def _fashion(path):
+    """A JSON file of MovingFashion, {key: {img_path, video_paths, source}} -> [(key, image, [video, ...])]."""
+    try:
+        products = []
+        for key, entry in json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object).items():
+            image, videos = entry["img_path"], entry["video_paths"]
+            if not isinstance(videos, list) or not all(isinstance(name, str) for name in (image, *videos)):
+                raise TypeError(f"{key}: img_path is a text, video_paths a list of texts")
+            products.append((_safe_id(key, path), image, videos))
+        return products
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{path}: expected {{key: {{img_path, video_paths, source}}}}: "
+                       f"{type(error).__name__} {error}") from None
 
 
-def _cut_video(job):
+def _cut_video(video_id, path, frames):
     """One frame a second of a video into frames/VIDEO_ID-INDEX.jpg -> how many; 0 when ffmpeg cannot read it."""
-    video, frames, video_id = job
-    first = Path(frames) / f"{video_id}-0000.jpg"
-    if not first.exists():
+    if not (frames / f"{video_id}-0000.jpg").exists():
         with tempfile.TemporaryDirectory(dir=frames, prefix=".cut-") as work:
-            command = ["ffmpeg", "-v", "error", "-nostdin", "-i", f"file:{video}", "-vf", "fps=1", "-q:v", "3", "-start_number", "0",
-                       "-threads", "1", f"{work}/%04d.jpg"]
-            done = subprocess.run(command, capture_output=True)
-            names = sorted(os.listdir(work), reverse=True)         # the first frame comes last: when it is there, all are
-            if done.returncode or not names:
+            command = ["ffmpeg", "-v", "error", "-nostdin", "-i", f"file:{path}", "-vf", "fps=1", "-q:v", "3",
+                       "-start_number", "0", "-threads", "1", f"{work}/%04d.jpg"]
+            if subprocess.run(command, capture_output=True).returncode or not os.listdir(work):
                 return 0
-            for name in names:
+            for name in sorted(os.listdir(work), reverse=True):    # the first frame comes last: once there, all are
                 os.replace(f"{work}/{name}", f"{frames}/{video_id}-{name}")
     count = 1
-    while os.path.exists(f"{frames}/{video_id}-{count:04d}.jpg"):
+    while (frames / f"{video_id}-{count:04d}.jpg").exists():
         count += 1
     return count
 
 
-# ------------------------------------------------------------------ the commands
+# ------------------------------------------------------------------ a room of its own: the commands
 
 
 def main(argv=None):
     parser = Parser(description="Livestream data in the LPR4M layout: render, check, convert.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name, text, *folders):
-        command = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for folder, about in folders:
+    def add(name, text, run, **folders):
+        command = commands.add_parser(name, help=text, description=text,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(run=run)
+        for folder, about in folders.items():
             command.add_argument(folder, help=about)
-        if name not in ("link", "dedup"):
-            command.add_argument("--processes", type=int, default=os.cpu_count(), help="processes at work")
         return command
 
-    command = add("render", "render livestreams with boxes, shop images, titles and ASR", ("dir", "folder to write; must not exist"))
-    for name, default, text in (
-            ("seed", 0, "the same seed gives the same files"), ("lives", 72, "training lives"), ("val-lives", 4, "validation lives"),
-            ("test-lives", 10, "test lives"), ("products", 24, "products of a training live"), ("clips", 28, "clips of a training live"),
-            ("gallery", 50, "products (and clips) of a val or test live"), ("frames", 8, "frames of a clip, one a second"),
-            ("size", 96, "side of a frame in pixels"),
-            ("categories", 8, f"how many of the {len(CATEGORIES)} categories; the first 8 are {', '.join(QUICKSTART)}")):
-        command.add_argument(f"--{name}", type=int, default=default, help=text)
-    command.add_argument("--decoys", choices=["natural", "same"], default="natural",
-                         help="the other products in view: any of the live, or only those of the intended one's category (a stress test)")
-    here = ("dir", "data folder in the LPR4M layout")
-    add("check", "count what is in a data folder and list what is wrong; status 1 when more than 1 %% of anything is unusable", here)
-    add("link", "put what img2dataset downloaded into frames/ and images/", ("download", "img2dataset's output folder"), here)
+    def duplicates(given):
+        import eval as evaluation                      # the one look upstairs: features need a model
+        evaluation.duplicates(given.ckpt, given.dir, given.threshold)
+
+    here = "data folder in the LPR4M layout"
+    command = add("render", "render livestreams with boxes, shop images, titles and ASR", lambda given: render(
+        given.dir, given.decoys, given.processes, **{name: getattr(given, name) for name in NUMBERS}),
+        dir="folder to write; must not exist")
+    for name, (default, _, _, about) in NUMBERS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=about)
+    command.add_argument("--decoys", choices=["natural", "same"], default="natural", help="the other products in view: "
+                         "any of the live, or only those of the intended one's category (a stress test)")
+    add("check", "count what is in a data folder and list what is wrong; status 1 when more than 1 %% of anything is "
+        "unusable", lambda given: sys.exit(int(check(given.dir, given.processes))), dir=here)
+    add("link", "put what img2dataset downloaded into frames/ and images/",
+        lambda given: link(given.download, given.dir), download="img2dataset's output folder", dir=here)
     add("movingfashion", "convert MovingFashion (needs the program ffmpeg)",
-        ("source", "folder with train.json, test.json, videos/, imgs/"), here)
-    command = add("dedup", "list near-duplicate shop images; writes DIR/duplicates.txt, deletes nothing", here)
+        lambda given: movingfashion(given.source, given.dir, given.processes),
+        source="folder with train.json, test.json, videos/, imgs/", dir=here)
+    for name in ("render", "check", "movingfashion"):
+        commands.choices[name].add_argument("--processes", type=int, default=os.cpu_count(), help="processes at work")
+    command = add("dedup", "list near-duplicate shop images; writes DIR/duplicates.txt, deletes nothing", duplicates,
+                  dir=here)
     command.add_argument("--ckpt", required=True, help="a RICE checkpoint, whose image features are compared")
     command.add_argument("--threshold", type=float, default=0.9, help="cosine above which two images are one")
-    options = vars(parser.parse_args(argv))
-    if options.get("processes", 1) < 1:
-        parser.error(f"--processes {options['processes']}: expected 1 or more")
-    name = options.pop("command")
-    if name == "render":
-        guarded(lambda: render(options.pop("dir"), **options))
-    elif name == "check":
-        sys.exit(int(guarded(check, options["dir"], options["processes"])))
-    elif name == "link":
-        guarded(link, options["download"], options["dir"])
-    elif name == "movingfashion":
-        guarded(movingfashion, options["source"], options["dir"], options["processes"])
-    else:
-        import eval as evaluation                      # the one look upstairs: features need a model
-        guarded(evaluation.duplicates, options["ckpt"], options["dir"], options["threshold"])
+    given = parser.parse_args(argv)
+    if getattr(given, "processes", 1) < 1:
+        parser.error(f"--processes {given.processes}: expected 1 or more")
+    guarded(given.run, given)
 
 
 if __name__ == "__main__":
-    from data import main as command       # one module of this name, so that its errors are the ones that `guarded` knows
+    from data import main as command       # one module of this name, so that `guarded` knows its errors
     command()
