@@ -170,7 +170,7 @@ def _object(pairs):
     return value
 
 
-def _safe_id(name, where):
+def safe_id(name, where):
     """An id becomes a file name, so it must not lead out of its folder."""
     if not isinstance(name, str) or not name.isprintable() or not name or name[0] == "." or "/" in name or "\\" in name:
         raise BadInput(f"{where}: {ascii(name)[:60]} is not an id (a text without '/' and leading '.')")
@@ -308,7 +308,7 @@ class Lives:
         entries = {}
         for row, line in enumerate(text.split("\n"), 1):
             key, value = (part.strip() for part in line.partition("\t")[::2])
-            if line.strip() and entries.setdefault(_safe_id(key, f"{path}:{row}: id"), value) != value:
+            if line.strip() and entries.setdefault(safe_id(key, f"{path}:{row}: id"), value) != value:
                 raise BadInput(f"{path}:{row}: {key[:60]} stands above with another text")
         return entries
 
@@ -322,11 +322,11 @@ class Lives:
         if not isinstance(value, dict):
             raise BadInput(f"{path}: expected an object {{id: ...}}, found {type(value).__name__}")
         for key, images in value.items():
-            _safe_id(key, f"{path}: key")
+            safe_id(key, f"{path}: key")
             if ids and not isinstance(images, list):
                 raise BadInput(f"{path}: {key}: expected a list of image ids, found {str(images)[:40]!r}")
             for image_id in images if ids else ():
-                _safe_id(image_id, f"{path}: {key}")
+                safe_id(image_id, f"{path}: {key}")
         return value
 
     def _read_test(self):
@@ -338,14 +338,14 @@ class Lives:
                         for name, values in SPLITS.items() for value in values}
         self.cases = {case: set(self._table(f"case_{case.replace(' ', '-')}.txt")) for case in CASES}
         for frame_id, kind in self.kinds.items():                                       # a kind is drawn and printed
-            _safe_id(kind, f"{self.root}/annotations: {self.split}_frameid2kind: {frame_id}")
+            safe_id(kind, f"{self.root}/annotations: {self.split}_frameid2kind: {frame_id}")
         self.frames = {video_id: [] for video_id in [*self.asr, *self.positives]}
         source = self.truth
         if not source:                                          # data without boxes: the folder says which frames exist
             names = (name for _, _, names in os.walk(self.root / "frames") for name in names)
             source = [name[:-4] for name in names if name.endswith((".jpg", ".png"))]
         for frame_id in source:
-            video_id, _, index = _safe_id(frame_id, f"{self.root}: frame id").rpartition("-")
+            video_id, _, index = safe_id(frame_id, f"{self.root}: frame id").rpartition("-")
             if not index.isdecimal() or len(index) > 18:
                 raise BadInput(f"{self.root}: frame id {frame_id[:60]!r}: expected video_id-index, "
                                "index a whole number")
@@ -353,7 +353,7 @@ class Lives:
                 self.frames.setdefault(video_id, []).append(frame_id)
         for frame_ids in self.frames.values():
             frame_ids.sort(key=lambda frame_id: int(frame_id.rpartition("-")[2]))
-        self.video_ids = [_safe_id(video_id, f"{self.root}: video id") for video_id in self.frames]
+        self.video_ids = [safe_id(video_id, f"{self.root}: video id") for video_id in self.frames]
         self.lengths = np.array([len(frame_ids) for frame_ids in self.frames.values()], np.int64)
         self.frame_counts = self.lengths * bool(self.truth)
 
@@ -398,11 +398,11 @@ class Lives:
             video_id, frames, given, image_id, title, category, _, asr, *splits = line.decode("utf-8").split("\t")
         except UnicodeDecodeError:
             raise BadInput(f"{where}: expected UTF-8 text") from None
-        _safe_id(video_id, f"{where}: video_id")
-        frame_ids = [_safe_id(f, f"{where}: frame_id list") for f in _literal(frames, f"{where}: frame_id list")]
+        safe_id(video_id, f"{where}: video_id")
+        frame_ids = [safe_id(f, f"{where}: frame_id list") for f in _literal(frames, f"{where}: frame_id list")]
         if len(frame_ids) != self.lengths[i]:
             raise BadInput(f"{where}: frame_id list: {len(frame_ids)} ids, but commas for {self.lengths[i]}")
-        images = [_safe_id(image_id, f"{where}: image_id")] if image_id.strip() else []
+        images = [safe_id(image_id, f"{where}: image_id")] if image_id.strip() else []
         clip = Clip(video_id, frame_ids, None, images, title.strip(), asr.strip(), None,
                     int(category) if category.strip() else -1, tuple(value.strip() for value in splits))
         if self.frame_counts[i]:
@@ -1411,7 +1411,7 @@ def _link_picture(side, root):
         if os.path.islink(side):                                    # may lead anywhere
             return "without an id"
         about = json.loads(Path(side).read_text(encoding="utf-8"))
-        name = _safe_id(Path(str(about["url"]).split("?")[0]).stem, side)
+        name = safe_id(Path(str(about["url"]).split("?")[0]).stem, side)
     except (ValueError, KeyError, TypeError, RecursionError, BadInput):
         return "without an id"
     for ending in (".jpg", ".png"):
@@ -1489,7 +1489,7 @@ def _fashion(path):
             image, videos = entry["img_path"], entry["video_paths"]
             if not isinstance(videos, list) or not all(isinstance(name, str) for name in (image, *videos)):
                 raise TypeError(f"{key}: img_path is a text, video_paths a list of texts")
-            products.append((_safe_id(key, path), image, videos))
+            products.append((safe_id(key, path), image, videos))
         return products
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path}: expected {{key: {{img_path, video_paths, source}}}}: "

@@ -907,7 +907,7 @@ def duplicates(path, folder, threshold, block=2048):
     if checkpoint["config"]["stage"] != "rice" or not -1 <= threshold <= 1:
         raise BadInput(f"--ckpt {path} --threshold {threshold}: expected a checkpoint of --stage rice and a cosine")
     lives, embedder = data.Lives.pictures(folder), Embedder(checkpoint, device)
-    ids = sorted({data._safe_id(name[:-4], f"{folder}/images") for _, _, names in os.walk(lives.root / "images")
+    ids = sorted({data.safe_id(name[:-4], f"{folder}/images") for _, _, names in os.walk(lives.root / "images")
                   for name in names if name.endswith((".jpg", ".png"))})
     if not ids:
         raise BadInput(f"{folder}/images: no .jpg and no .png")
@@ -917,7 +917,7 @@ def duplicates(path, folder, threshold, block=2048):
     for start in watch(range(0, len(ids), block), "compare"):
         for low in range(start, len(ids), block):
             cosine = feature[start:start + block] @ feature[low:low + block].T                   # [block,block]
-            for i, j in (cosine > threshold).nonzero().tolist():
+            for i, j in (cosine.clamp(max=1) > threshold).nonzero().tolist():
                 one, other = sorted((first[start + i], first[low + j]))
                 if one != other:
                     first[first == other] = one
@@ -1305,6 +1305,13 @@ def read_tabbed(path, first, kind=str):
     return rows
 
 
+def finite(text):
+    """A number that is neither infinite nor none; ValueError when it is no such number."""
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
+
+
 def open_shop(folder, titles, embedder, key):
     """The pictures of a folder that can be read, as an ImageSet, and their embeddings [M,D], which are kept beside the
     folder under the model's fingerprint `key`: only what is new or changed since is embedded again. titles: {name, with
@@ -1385,11 +1392,12 @@ def recognise(path, options):
     for name in ("every", "fps", "window", "top"):
         if not 0 < getattr(options, name) < math.inf:
             raise BadInput(f"--{name}: expected a number above 0")
-    if rerank < 0:
-        raise BadInput("--rerank: expected 0 or more")
+    if rerank < 0 or (options.workers or 0) < 0:
+        raise BadInput("--rerank and --workers: expected 0 or more")
     if rerank and "pmd" not in config["losses"].split(","):
         raise BadInput(f"--rerank: {path} has no PMD (--losses {config['losses']})")
-    config["workers"], length, said = 0, seconds_of(source, options.fps), read_tabbed(options.asr, "seconds", float)
+    config["workers"] = config["workers"] if options.workers is None else options.workers
+    length, said = seconds_of(source, options.fps), read_tabbed(options.asr, "seconds", finite)
     embedder, finder = Embedder(checkpoint, device), finder_of(path, checkpoint, options.detector, device)
     shop, feature = open_shop(options.shop, dict(read_tabbed(options.titles, "image")), embedder, key)
     out = data.output_folder(options.out or "runs/live")
