@@ -29,7 +29,8 @@ Items:  asked for by (epoch, i), augmented as a function of (seed, epoch, i) alo
         in the split, `bad`, what could not be read ("": nothing), and what its set's docstring lists. A training item
         of which anything cannot be read is empty; in evaluation only the frame that cannot be read is missing.
 
-Letters: B batch, T frames, M boxes of a frame, H W pixels, S side of a square view, P patches, N tokens of a text.
+Letters: B batch, T frames, M boxes of a frame, F boxes of a split, H W pixels, S side of a square view, P patches,
+N tokens of a text. Another dataset is one more converter that writes this layout, as `movingfashion` does.
 """
 import argparse
 import ast
@@ -533,7 +534,7 @@ class DetectionSet(Dataset):
     """Frames with their boxes, `frames` at a time: 1 for SD (an item a frame), more for MD (an item a clip).
 
     frames T x uint8 [3,h,w] (in evaluation None for one that cannot be read), boxes_cxcywh T x [M,4] in 0..1 and labels
-    T x [M] (in training only: an evaluation that looked at them would be none), size T x (w, h) of the boxes, position
+    T x [M] (empty in evaluation), size T x (w, h) of the picture that boxes are given in, position
     T x int, a frame's place in the clip. categories: the raw ids in order of class. shortest: (lowest, highest, step)
     of the shortest side, drawn in training (supplement, section 2.2), the highest in evaluation; longest: limit of
     the longest side, in pixels. In evaluation a clip of more than `frames` frames makes several items that interleave,
@@ -612,7 +613,7 @@ class DetectionSet(Dataset):
 
 def collate_detection(items, multiple=16):
     """Items -> frames uint8 [B,T,3,H,W], padding [B,T,H,W] (True = padded), valid [B,T] (False = no such frame, or it
-    cannot be read), boxes_cxcywh [B,T,M,4], labels [B,T,M] (-1: no box), size [B,T,2] (w, h of the boxes), clip [B],
+    cannot be read), boxes_cxcywh [B,T,M,4], labels [B,T,M] (-1: no box), size [B,T,2] (w, h), clip [B],
     position [B,T] (-1: no such frame), bad: list [B]; H and W are a multiple of `multiple`."""
     B = len(items)
     T = max([1] + [len(item["frames"]) for item in items])
@@ -685,7 +686,8 @@ class PairSet(Dataset):
     "position" [F], "box" [F,6]} = the boxes (x1 y1 x2 y2 in pixels; the rest is not read) of clip c at rows
     start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" also which patches the box
     touches, "box" the square around the box. text: what is read, "asr", "title", "both" or "none". Training draws
-    `frames` of the clip's frames, evaluation takes them at even intervals. augment=False: as in evaluation.
+    `frames` of the frames that have a box (of all where none has), evaluation takes them at even intervals.
+    augment=False: as in evaluation.
     """
 
     def __init__(self, lives, tokenizer, frames, size, grid, view, boxes, train, seed=0, text="both", augment=True):
@@ -805,10 +807,10 @@ def shuffled(count):
     return lambda rng: rng.permutation(count)
 
 
-def live_by_live(live_of, per_live):
+def live_by_live(live_ids, per_live):
     """Order of one epoch for RICE: groups of `per_live` clips of one live, so that a batch holds its own negatives."""
     lives = {}
-    for i, live in enumerate(live_of):
+    for i, live in enumerate(live_ids):
         lives.setdefault(int(live), []).append(i)
 
     def order(rng):
@@ -856,7 +858,7 @@ class ShardSampler(list):
 # ------------------------------------------------------------------ a room of its own: rendered livestreams
 #
 # A live: a salesperson before a shelf of products of the same shop. A clip is about one intended product. Each frame is
-# staged in one of six kinds. In "two held", "lifted" (another product in the hand, the intended one on the table) and
+# staged in one of seven kinds. In "two held", "lifted" (another product in the hand, the intended one on the table) and
 # "table" frames one picture cannot tell which product is meant; the other products change from frame to frame and the
 # intended one stays, so time tells. In a "pair" clip the same two products are held all the time: only words can tell.
 # Decoys are drawn from all products of the live, those of the intended product's own category included, and in SIMILAR
@@ -871,7 +873,7 @@ SHOWN = (*KINDS["few"], "pair")
 ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}   # frames of 8 that do not show it, out of sight -> share of clips
 CLEAR = {"short": 1, "medium": 2, "long": 2}    # frames at least in which it is held alone, by visible duration
 INSTEAD = 0.4           # share of the frames without it in which another product is lifted
-SIMILAR = 0.25          # share of clips whose decoys are all of the product's own category
+SIMILAR = 0.25          # share of clips, where there are three such, whose decoys are all of the product's own category
 PAIR = 0.15             # share of clips with two products in view all the time; their ASR names category and colour
 SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}   # of the frame's side; a third each
 SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                    # products behind; a third each

@@ -10,9 +10,10 @@
 Data flow:  checkpoint -> model -> one box a frame for every frame of the split -> AP
                                 -> one embedding a clip and a shop image -> similarity -> rank-k in each live's gallery
 
-Letters: Q clips (queries), M shop images, G true boxes, F frames, D embedding, T frames of a clip, P patches of a
-picture, R tokens of a clip, W their width. Boxes are xyxy in the annotation's pixels: those of the picture on disk,
-unless its side file tells an original size.
+Letters: Q clips (queries), M shop images, G pairs of boxes, F frames (or what was found in them, one each), L IoU
+levels, D length of an embedding, B batch, T frames of a clip, N boxes of a frame, K classes, P patches of a picture,
+R tokens of a clip, W their width; n and q are some of them. Boxes are xyxy in the annotation's pixels: those of the
+picture on disk, unless its side file tells an original size.
 """
 import contextlib
 import functools
@@ -188,7 +189,7 @@ def nearest(queries, images, k, block=1024, wide=8192, group=32):
 
 # ------------------------------------------------------------------ checkpoints and processes
 
-# Fields of a configuration that change no weight.
+# Fields of a configuration that a run which goes on may change: none of them changes its weights from there on.
 WEIGHTLESS = {"workers", "save_every", "log_every", "eval_every", "out", "detectors", "init"}
 
 
@@ -212,7 +213,7 @@ def read_checkpoint(path):
         missing = {"config", "model", "step", "categories"} - checkpoint.keys()
     except Exception as error:             # torch.load raises whatever the broken bytes lead it to
         raise BadInput(f"{path}: not a checkpoint of train.py ({type(error).__name__})") from None
-    import train                           # the other look upstairs: which configurations there can be
+    import train                           # here, for train imports this file: it knows the configurations there can be
     wrong = f"no {', '.join(sorted(missing))}" if missing else train.unsound(checkpoint)
     if wrong:
         raise BadInput(f"{path}: not a checkpoint of train.py ({wrong})")
@@ -344,8 +345,11 @@ def predict(model, config, categories, lives, device, every_frame=True):
 
 
 def answers_of(model, frames, padding, valid, controls):
-    """{method: (logits [B,T,N,K], boxes [B,T,N,4])} of a batch: "sd", "md", and MD's controls "md1" (each frame as its
-    own clip) and "vote" (SD, and a clip's frames vote on the category, which needs no training)."""
+    """{method: (logits [B,T,N,K], boxes [B,T,N,4])} of a batch: "sd", "md", and two controls.
+
+    "md1" is MD with each frame as its own clip: what the TTM's layers gain by more training, without time. "vote" is SD
+    whose clip votes on the category, without training: what time gains without comparing products.
+    """
     if not isinstance(model, detect.MD):
         logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
         return {"sd": tuple(x[-1].unflatten(0, valid.shape) for x in (logits, boxes))}
@@ -438,7 +442,9 @@ def truth_of(rows, lives, categories):
     for c in np.unique(rows["clip"]):
         clip = lives.clip(int(c))
         for t, boxes in enumerate(clip.boxes or []):
-            f = frame_of[int(c), t]
+            f = frame_of.get((int(c), t))
+            if f is None:                                        # an evaluation that looks at some frames of each clip
+                continue
             kinds[f] = clip.kinds[t] if clip.kinds else ""
             for *xyxy, raw in boxes:
                 frame.append(f)
@@ -452,8 +458,9 @@ def truth_of(rows, lives, categories):
 
 def score_detections(rows, lives, categories):
     """Table 1 of each method in `rows`, in percent: {method: {"class-agnostic": {column: AP}, "per category": ...,
-    "hit": share of boxes found, "category": share named right, "kinds": {kind of frame: ...}}}, what was counted, and
-    per method what `ap50` needs: clip [F], score [F], hit [F] (IoU 0.5 or more), true [Q], the boxes of each clip."""
+    "hit": share of frames with a true box, "category": share of boxes named right, "kinds": {kind of frame: ...}}},
+    what was counted, and per method what `ap50` needs: clip [F], score [F], hit [F] (IoU 0.5 or more), true [Q], the
+    boxes of each clip."""
     truth, kinds = truth_of(rows, lives, categories)
     frame, told = truth["image"], (truth["category"] >= 0).all()
     video_ids = [lives.video_ids[c] for c in rows["clip"]]
@@ -541,8 +548,8 @@ class Embedder:
 
     @torch.no_grad()
     def embed(self, dataset, numbers, tokens=True, progress=None):
-        """Samples `numbers` of what `shop` or `clips` gave -> embedding [n,D], tokens [n,R,W] (unless tokens=False), of
-        clips their padding [n,R] too, and whether anything could be read [n]. progress: the name of a progress bar."""
+        """Samples `numbers` of what `shop` or `clips` gave -> embedding [n,D], tokens [n,R,W] (of images [n,1+P+1,W];
+        not with tokens=False), of clips their padding [n,R] too, and whether anything could be read [n]."""
         workers = self.config["workers"] * (len(numbers) > 64)           # one batch is not worth another process
         batches = DataLoader(dataset, batch_sampler=data.ShardSampler(numbers, 64), num_workers=workers)
         rows = []
@@ -829,7 +836,7 @@ def ap50(sample, weights):
 def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None, every_source=True):
     """Evaluate one checkpoint.
 
-    -> every number as a dict of plain values, what `draw_examples` draws from, and what `compare` draws anew: {"live"
+    -> every number as a dict of plain values, what `draw_examples` draws from, and what `compare` bootstraps: {"live"
     [Q], "methods": {name: per clip or frame}}.
     """
     start_processes()

@@ -244,6 +244,9 @@ def test_val_is_watched_and_the_best_is_kept(run_one, livestreams, tmp_path, cap
         results = json.loads((tmp_path / "j.json").read_text())["results"]
         value = results["sd"]["class-agnostic"]["AP50"] if stage == "sd" else results["md"]["icl"]["R1"]
         assert value == pytest.approx(best["best"], abs=1e-6)
+    flags = ["--stage", "sd", "--data", str(livestreams), "--out", str(tmp_path / "two"), "--eval-every", "1", "--frames", "2"]
+    train.main([*SMALL, *flags, "--steps", "1"])                                            # val clips have more frames than 2
+    assert "AP50" in log_of(tmp_path / "two", "sd")[-1]
 
 
 @pytest.mark.parametrize("text, read", [("none", set()), ("asr", {"asr"}), ("title", {"title"}), ("both", {"asr", "title"})])
