@@ -1,15 +1,14 @@
 """The detectors of the supplement, section 2: SD (one frame), MD (a clip), their matching and their loss.
 
     image [B,3,H,W] -> backbone -> encoder -> memory [B,S,C] -> decoder: N anchor boxes ask the memory, layer by layer
-                    -> logits [L,B,N,K], boxes [L,B,N,4]                                                          SD
+                    -> logits [L,B,N,K], boxes [L,B,N,4]                                                         SD
     clip [B,T,3,H,W] -> frozen SD on each frame -> for k in (80, 50, 30): keep the k best queries of each frame,
                        let all T*k of them attend to each other, ask the own frame's memory, score again
-                    -> logits [B,T,k,K], boxes [B,T,k,4] of each step; the best of the last is the answer              MD
+                    -> logits [B,T,k,K], boxes [B,T,k,4] of each step; the best of the last is the answer             MD
 
 Letters: B images or clips, T frames, N queries (anchors), k queries kept, K classes, L decoder layers, C channels,
 H W pixels, h w feature map, S = h*w memory tokens, M boxes of a frame, G groups of channels, `heads` of attention.
-Boxes are (cx, cy, w, h) in 0..1 of the picture without its padding. Masks are True where there is nothing: padded pixels,
-padded tokens.
+Boxes are (cx, cy, w, h) in 0..1 of the picture without its padding. Masks are True on padding, pixels or tokens.
 """
 import math
 
@@ -71,18 +70,18 @@ class MLP(nn.Module):
 
 
 def attend(query, key, value, heads, padding=None):
-    """Multi-head attention after its projections: query [B,Q,E], key [B,S,E], value [B,S,C], padding [B,S] -> [B,Q,C]."""
+    """Multi-head attention after projection: query [B,Q,E], key [B,S,E], value [B,S,C], padding [B,S] -> [B,Q,C]."""
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))  # [B,heads,.,.]
     allowed, width = None if padding is None else ~padding[:, None, None], value.shape[-1]           # [B,1,1,S]
-    value = F.pad(value, (0, key.shape[-1] - width))      # the fast kernels want values as wide as keys: [B,heads,S,E/heads]
+    value = F.pad(value, (0, key.shape[-1] - width))  # fast kernels want values as wide as keys: [B,heads,S,E/heads]
     return F.scaled_dot_product_attention(query, key, value, allowed)[..., :width].transpose(1, 2).flatten(2)  # [B,Q,C]
 
 
 def attend_by(layer, query, key, value, padding=None):
     """Attention with the weights of an nn.MultiheadAttention, whose own forward turns batches about and copies them:
     query [B,Q,C], key and value [B,S,C], padding [B,S] -> [B,Q,C]."""
-    query, key, value = (F.linear(x, weight, bias) for x, weight, bias in
-                         zip((query, key, value), layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3)))  # [B,.,C]
+    parts = zip((query, key, value), layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3))
+    query, key, value = (F.linear(*part) for part in parts)                                          # [B,.,C]
     return layer.out_proj(attend(query, key, value, layer.num_heads, padding))                       # [B,Q,C]
 
 
@@ -173,7 +172,7 @@ class Decoder(nn.Module):
     def positions(self, anchors, content, scaled=True):
         """Anchors [B,N,4] and content [B,N,C] -> query position [B,N,C] and modulated sine [B,N,C] for cross-attention.
 
-        A wide anchor looks less sharply along x: the x half is multiplied by (learned width / anchor width), y likewise.
+        A wide anchor looks less sharply along x: the x half is scaled by (learned width / anchor width), y likewise.
         """
         embedding = sine_anchor(anchors, self.dim)                                               # [B,N,2C]
         centre = embedding[..., :self.dim]                                                       # [B,N,C] y, x
@@ -222,14 +221,15 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Block(nn.Module):
-    """Residual block for a backbone that starts from nothing; padded positions stay zero, so padding changes nothing."""
+    """Residual block of a backbone that starts from nothing; padding stays zero, so it changes nothing."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.norm1, self.norm2 = GroupNorm(8, outputs), GroupNorm(8, outputs)
-        self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if (inputs, stride) != (outputs, 1) else nn.Identity()
+        same = (inputs, stride) == (outputs, 1)
+        self.skip = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x, here):
         y = F.relu_(self.norm1(self.conv1(x), here))                                             # [B,C,h,w]
@@ -243,11 +243,9 @@ class SmallBody(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Conv2d(3, 32, 4, 4)
-        self.norm = GroupNorm(8, 32)
+        self.stem, self.norm = nn.Conv2d(3, 32, 4, 4), GroupNorm(8, 32)
         self.block4, self.block8, self.block8b = Block(32, 32, 1), Block(32, 64, 2), Block(64, 64, 1)
-        self.block16 = Block(64, 128, 2)
-        self.side = nn.Conv2d(64, 128, 1)
+        self.block16, self.side = Block(64, 128, 2), nn.Conv2d(64, 128, 1)
 
     def forward(self, images, padding):
         here4, here8, here16 = (~padding[:, None, ::s, ::s] for s in (4, 8, 16))                 # [B,1,h,w] each
@@ -289,15 +287,15 @@ class Backbone(nn.Module):
 
 
 def conv_norm(x, conv, norm):
-    """A convolution and the frozen batch norm after it as one convolution: frozen, the norm is a factor and an offset for each
-    channel, and a pass over the feature map is saved."""
+    """Convolution and frozen batch norm in one: the norm is a factor and an offset a channel, and a pass is saved."""
     factor = norm.weight * (norm.running_var + norm.eps).rsqrt()                                 # [channels]
     offset = norm.bias - norm.running_mean * factor                                              # [channels]
-    return F.conv2d(x, conv.weight * factor[:, None, None, None], offset, conv.stride, conv.padding, conv.dilation, conv.groups)
+    weight = conv.weight * factor[:, None, None, None]                                           # [channels,.,.,.]
+    return F.conv2d(x, weight, offset, conv.stride, conv.padding, conv.dilation, conv.groups)    # [B,channels,h,w]
 
 
 def residual(x, block):
-    """A torchvision block, BasicBlock or Bottleneck, with its norms inside its convolutions: [B,c,h,w] -> [B,channels,h,w]."""
+    """A torchvision BasicBlock or Bottleneck, its norms inside its convolutions: [B,c,h,w] -> [B,channels,h,w]."""
     last = 3 if hasattr(block, "conv3") else 2
     skip, y = conv_norm(x, *block.downsample) if block.downsample else x, x
     for n in range(1, last):
@@ -314,9 +312,8 @@ class SD(nn.Module):
     images [B,3,H,W] (normalised, 0 where padded), padding [B,H,W] -> logits [L,B,N,K], boxes_cxcywh [L,B,N,4]; the last
     layer is the answer. There is no background class: the K scores are sigmoids of their own, all low where nothing is.
     backbone: "resnet50" (any torchvision ResNet), or "small" (stride 8, starts from nothing).
-    dense: weight of two auxiliary losses, for a detector that starts from nothing: each memory token inside a box tells the
-    box's category, each query paints a thumbnail of its own box. MD compares what queries show, so they have to know how
-    their box looks. 0 leaves both out, with their heads.
+    dense: weight of two auxiliary losses for a detector from nothing (0: neither, nor their heads): a token inside a
+    box tells the box's category; a query paints a thumbnail of its box, for MD compares what queries know of its look.
     """
 
     def __init__(self, classes=34, queries=300, dim=256, heads=8, encoder_layers=6, decoder_layers=6, ffn=2048,
@@ -368,18 +365,20 @@ class SD(nn.Module):
         """A batch of collate_detection (frames as normalised floats) -> the loss and its terms for the log."""
         names = "frames", "padding", "labels", "boxes_cxcywh", "valid"
         frames, padding, labels, boxes, valid = (batch[name].flatten(0, 1) for name in names)
-        padding = padding & valid[:, None, None]          # a frame that is not there is all padding: no key would be left
+        padding = padding & valid[:, None, None]          # an absent frame is all padding: no key would be left
         contents, predicted, memory, *_ = self.features(frames, padding)
         loss, terms = detection_loss(self.class_embed(contents), predicted, labels, boxes, valid)
         if self.dense:
             dense = self._dense_loss(memory, padding, labels, boxes)
             looks = self._looks_loss(contents[-1], predicted[-1], frames, padding, valid)
-            loss, terms = loss + self.dense * (dense + looks), terms | {"dense": dense.detach(), "looks": looks.detach()}
+            loss = loss + self.dense * (dense + looks)
+            terms |= {"dense": dense.detach(), "looks": looks.detach()}
         return loss, terms
 
     def _looks_loss(self, contents, boxes, frames, padding, valid):
-        """Mean squared error of the 3 x 3 pixels that each query paints of its box: contents [B,N,C], boxes [B,N,4], valid [B]."""
-        extent = box_convert(boxes.detach().float(), "cxcywh", "xyxy") * picture_size(padding)[:, None].repeat(1, 1, 2)  # [B,N,4]
+        """Mean squared error of a query's 3 x 3 thumbnail of its box: contents [B,N,C], boxes [B,N,4], valid [B]."""
+        corners = box_convert(boxes.detach().float(), "cxcywh", "xyxy")                          # [B,N,4]
+        extent = corners * picture_size(padding)[:, None].repeat(1, 1, 2)                        # [B,N,4] pixels
         # A diverged run is reported by the loop, not here.
         pixels = roi_align(frames, list(extent.nan_to_num(0)), 3, sampling_ratio=2).flatten(1)   # [B*N,27]
         error = (self.looks_embed(contents).flatten(0, 1).float() - pixels).square().mean(1)     # [B*N]
@@ -390,9 +389,9 @@ class SD(nn.Module):
         h = round(math.sqrt(memory.shape[1] * padding.shape[1] / padding.shape[2]))
         w = memory.shape[1] // h
         extent = picture_size(padding)                                                            # [B,2]
-        place = torch.cartesian_prod((torch.arange(h, device=memory.device) + 0.5) / h,
-                                     (torch.arange(w, device=memory.device) + 0.5) / w).flip(-1)  # [S,2] x, y
-        place = place * torch.tensor(padding.shape[:0:-1], device=memory.device) / extent[:, None]  # [B,S,2] of the picture
+        y, x = ((torch.arange(n, device=memory.device) + 0.5) / n for n in (h, w))                # [h], [w]
+        place = torch.cartesian_prod(y, x).flip(-1)                                               # [S,2] x, y
+        place = place * torch.tensor(padding.shape[:0:-1], device=memory.device) / extent[:, None]  # [B,S,2] as boxes
         inside = ((place[:, :, None] - boxes[:, None, :, :2]).abs() < 0.35 * boxes[:, None, :, 2:]).all(-1)  # [B,S,M]
         inside = inside & (labels >= 0)[:, None]                                                  # [B,S,M]
         logits = self.dense_embed(memory).float().log_softmax(-1)                                 # [B,S,K]
@@ -459,7 +458,7 @@ class TemporalLayer(nn.Module):
 
 
 def keep_best(logits, k, *tensors):
-    """The k queries of each frame with the highest class score: logits [...,N,K], tensors [...,N,C] -> [...,k,C] each."""
+    """The k queries of each frame of highest class score: logits [...,N,K], tensors [...,N,C] -> [...,k,C] each."""
     best = logits.amax(-1).topk(min(k, logits.shape[-2]), dim=-1).indices                        # [...,k]
     return [x.gather(-2, best[..., None].expand(*best.shape, x.shape[-1])) for x in tensors]
 
@@ -510,7 +509,7 @@ class MD(nn.Module):
         return self
 
     def single(self, frames, padding):
-        """SD on every frame: contents [B,T,N,C], logits [B,T,N,K], boxes [B,T,N,4] and memory, position, padding [B*T,S,.]."""
+        """SD alone -> contents [B,T,N,C], logits [B,T,N,K], boxes [B,T,N,4]; memory, position, padding [B*T,S,.]."""
         with torch.no_grad():
             contents, boxes, *memory = self.sd.features(frames.flatten(0, 1), padding.flatten(0, 1))
             logits = self.sd.class_embed(contents[-1])                                           # [B*T,N,K]
@@ -528,13 +527,13 @@ class MD(nn.Module):
         return all_logits, all_boxes
 
     def forward(self, frames, padding, valid):
-        padding = padding & valid[..., None, None]        # a frame that is not there is all padding: no key would be left
+        padding = padding & valid[..., None, None]        # an absent frame is all padding: no key would be left
         *single, memory = self.single(frames, padding)
         logits, boxes = self.temporal(*single, memory, valid)                                    # [B,T,k,.] a step
         return logits, boxes, pick(logits[-1], boxes[-1])[0]                                     # [B,T,4]
 
     def loss(self, batch):
-        """A batch of collate_detection (frames as normalised floats) -> the loss and its terms, every step supervised."""
+        """A batch of collate_detection (frames as normalised floats) -> loss and its terms, every step supervised."""
         logits, boxes, _ = self(batch["frames"], batch["padding"], batch["valid"])
         labels, targets, valid = (batch[name].flatten(0, 1) for name in ("labels", "boxes_cxcywh", "valid"))
         losses = [detection_loss(l.flatten(0, 1)[None], b.flatten(0, 1)[None], labels, targets, valid)
@@ -607,7 +606,7 @@ def giou(boxes1_xyxy, boxes2_xyxy):
 
 
 def matching_cost(logits, boxes, labels, targets):
-    """Cost of giving target m to query n: 2 class + 5 L1 + 2 GIoU (DAB-DETR); the class cost is the focal loss's change.
+    """Cost of giving target m to query n: 2 class + 5 L1 + 2 GIoU (DAB-DETR); class: the focal loss's change.
 
     logits [...,N,K], boxes [...,N,4], labels [...,M], targets [...,M,4] -> [...,N,M]
     """
@@ -630,7 +629,7 @@ def match(logits, boxes, labels, targets):
     if labels.shape[-1] == 1:
         return cost.argmin(-2).where(labels >= 0, -1)                                            # [L,B,1]
     real, found = (labels >= 0).cpu(), cost.argmin(-2).where(labels >= 0, -1).cpu()              # [B,M], [L,B,M]
-    table = cost.nan_to_num(1e6).cpu()                                 # a diverged run is reported by the loop, not here
+    table = cost.nan_to_num(1e6).cpu()                                # a diverged run is reported by the loop, not here
     for layer, b in torch.cartesian_prod(torch.arange(L), real.sum(1).gt(1).nonzero()[:, 0]).tolist():
         columns = real[b].nonzero()[:, 0]
         # Where no two targets have the same best query, each can have its own, and nothing is cheaper.
@@ -666,8 +665,8 @@ def detection_loss(logits, boxes, labels, targets, valid=None):
     logits, boxes = logits.float(), boxes.float()
     query = match(logits, boxes, labels, targets)                                                # [L,B,M]
     real, query = query >= 0, query.clamp(min=0)                                                 # [L,B,M] twice
-    wanted = torch.zeros_like(logits).flatten(2)                                                 # [L,B,N*K]
-    wanted = wanted.scatter_add(2, query * logits.shape[-1] + labels.clamp(min=0), real.float()).view_as(logits)  # [L,B,N,K]
+    place = query * logits.shape[-1] + labels.clamp(min=0)                                       # [L,B,M] in N*K
+    wanted = torch.zeros_like(logits).flatten(2).scatter_add(2, place, real.float()).view_as(logits)  # [L,B,N,K]
     focal = sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2)                              # [L,B,N,K]
     focal = focal if valid is None else focal * valid[:, None, None]
     divisor = share_of_all((labels >= 0).sum())

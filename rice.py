@@ -1,7 +1,7 @@
 """RICE: cross-view semantic alignment of clips and shop images (supplement, sections 1, 3 and 4).
 
     clip frames [B,T,3,S,S] -> ViT -> frame embeddings -> mean -> clip embedding [B,D] --+-- ICL: pull pairs together
-    shop image  [B,3,S,S]   -> ViT -> image embedding [B,D] -----------------------------+   (the same ViT for both views)
+    shop image  [B,3,S,S]   -> ViT -> image embedding [B,D] -----------------------------+   (one ViT for both views)
     image tokens ask the tokens of 1 right and n wrong clips (hard negatives) -> match scores   -- PMD: tell them apart
     where they looked in the right clip, must rebuild the image's patches from the clip's       -- PFR: align patches
     ASR and title -> text encoder -> one token more for the PMD, and added to the ICL embedding
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
 
 
 def stem(width, norm=lambda channels: nn.GroupNorm(8, channels)):
-    """A few convolution blocks in place of one patch projection: 16 pixels a token; for a ViT that starts from nothing."""
+    """Convolution blocks in place of one patch projection: 16 pixels a token; for a ViT that starts from nothing."""
     def down(inputs, outputs):
         shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2, bias=False), norm(outputs))
         return BasicBlock(inputs, outputs, 2, shortcut, norm_layer=norm)
@@ -108,7 +108,7 @@ def _without_visual(model, state, prefix, *_):
 
 
 class TextEncoder(nn.Module):
-    """A small transformer over sentencepiece tokens: ids [B,N] (1 start, 0 padding) -> one vector [B,W], the start token's.
+    """A small transformer over sentencepiece tokens: ids [B,N] (1 start, 0 padding) -> [B,W], the start token's vector.
 
     The start token is always there, so an empty text has a vector too: the one that says "nothing was said".
     """
@@ -131,9 +131,9 @@ class TextEncoder(nn.Module):
 class Gather(torch.autograd.Function):
     """Rows of every process, in order of rank, with gradients: [B,...] -> [A,...].
 
-    Each process sums the loss of its own rows, but its rows take part in the others' losses as well. So the gradient of
-    a process's rows is the sum over all processes of what each found for them (all_reduce, then its own slice). DDP then
-    averages over processes, and the mean over B rows of each of them becomes the mean over all A rows: no other factor.
+    Each process sums the loss of its own rows, but its rows take part in the others' losses too. So the gradient of a
+    process's rows is the sum of what all processes found for them (all_reduce, then its own slice). DDP then averages
+    over processes, and the mean over B rows of each becomes the mean over all A rows: no other factor.
     """
 
     @staticmethod
@@ -164,9 +164,8 @@ def first_row(count):
 def icl_loss(clip, image, scale, product=None):
     """Instance contrastive loss: symmetric InfoNCE over the pairs of all processes.
 
-    clip, image [B,D] (normalised here), scale of the cosine, product [B]: clips of a batch may show the same product, and
-    such a pair is no negative (the public code takes it for one); -1: no pair, it could not be read, and is left out.
-    -> the mean of both directions.
+    clip, image [B,D] (normalised here), scale of the cosine, product [B] (-1: not read, left out) -> the mean of both
+    directions. Clips of a batch may show the same product: such a pair is no negative (in the public code it is one).
     """
     own = torch.arange(len(clip), device=clip.device) + first_row(len(clip))                     # [B]
     with torch.autocast(clip.device.type, enabled=False):                    # products of a softmax stay float32
@@ -182,7 +181,7 @@ def icl_loss(clip, image, scale, product=None):
 
 
 def mean_of_pairs(loss, product):
-    """Mean of loss [B] over the pairs that could be read (product >= 0), of all processes: DDP averages what each has."""
+    """Mean of loss [B] over all processes' pairs that could be read (product >= 0): DDP averages what each has."""
     if product is None:
         return loss.mean()
     there = gather(product) >= 0                                                                 # [A]
@@ -195,9 +194,9 @@ def mean_of_pairs(loss, product):
 def sample_negatives(similarity, image_product, clip_product, count, hard=True, noise=None):
     """For each image, `count` clips of other products, drawn without replacement (supplement, section 3).
 
-    similarity [B,A] scaled ICL similarity of image and clip, products [B] and [A] (-1: not read, never drawn) -> clips [B,count],
-    real [B,count] (False: there were too few other products). A clip's chance is proportional to exp(similarity) when hard, else
-    equal: adding Gumbel noise [B,A] and taking the highest draws exactly so.
+    similarity [B,A] scaled ICL similarity of image and clip, products [B] and [A] (-1: not read, never drawn) -> clips
+    [B,count], real [B,count] (False: there were too few other products). A clip's chance is proportional to
+    exp(similarity) when hard, else equal: adding Gumbel noise [B,A] and taking the highest draws exactly so.
     """
     if noise is None:
         noise = gumbel(similarity.shape, None).to(similarity.device)
@@ -268,7 +267,7 @@ class PMD(nn.Module):
         x, clip = self.ln_image(image_tokens), self.ln_clip(clip_tokens)                         # [B,Q,W], [A,R,W]
         chosen = pairs.flatten()                                                                 # [B*C]
         for i, layer in enumerate(self.layers):
-            x = layer.think(x)                                                                   # [B,Q,W], then [B*C,Q,W]
+            x = layer.think(x)                                                                # [B,Q,W], then [B*C,Q,W]
             if i == 0:
                 x = x.repeat_interleave(pairs.shape[1], 0)                                       # [B*C,Q,W]
             # Projected once a clip and gathered a pair: a clip stands in many pairs.
@@ -302,8 +301,7 @@ def pfr_loss(maps, head, clip_patches, image_patches, padding, product=None):
     """Patch feature reconstruction: the maps of the true pair must rebuild the image's patches from the clip's.
 
     maps [B,heads,P,R] non-negative, head: heads -> 1 by 1x1 convolutions, clip_patches [B,R,W], image_patches [B,P,W],
-    padding [B,R], product [B] (-1: the pair is left out) -> mean squared error. Both features are detached: what learns is
-    where the decoder looks.
+    padding [B,R], product [B] (-1: left out) -> mean squared error. Features are detached: where to look is learned.
     """
     weight = pfr_weights(maps, head, padding)                                                    # [B,P,R]
     with torch.autocast(maps.device.type, enabled=False):
@@ -316,7 +314,7 @@ def pfr_loss(maps, head, clip_patches, image_patches, padding, product=None):
 
 
 class RICE(nn.Module):
-    """One image encoder for both views, with text, and the three losses; `forward` is what training and inference share.
+    """One image encoder for both views, with text, and the three losses; training and inference share `forward`.
 
     vit: arguments of ViT. vocab: size of the tokenizer. negatives: "hard" or "rand". losses: which of icl, pmd, pfr.
     """
@@ -349,15 +347,15 @@ class RICE(nn.Module):
     def encode_clips(self, frames, keep, valid, asr):
         """frames [B,T,3,S,S], keep [B,T,P], valid [B,T], asr [B,N] -> embedding [B,2D], tokens [B,R,W], padding [B,R].
 
-        R = T*(1+P) + 1: each frame's class token and patches, then the text. The embedding is the mean over valid frames.
+        R = T*(1+P) + 1: each frame's class token and patches, then the text. The embedding is the mean of valid frames.
         """
         B, T = valid.shape
         embedding, tokens = self.visual(frames.flatten(0, 1), keep.flatten(0, 1))                # [B*T,D], [B*T,1+P,W]
-        embedding = F.normalize(embedding, dim=-1).view(B, T, -1) * valid[..., None]             # [B,T,D]
+        seen = (F.normalize(embedding, dim=-1).view(B, T, -1) * valid[..., None]).sum(1)         # [B,D]
         text = self.text(asr)                                                                    # [B,W]
         tokens = torch.cat([tokens.reshape(B, -1, tokens.shape[-1]), text[:, None]], 1)          # [B,R,W]
         here = (F.pad(keep, (1, 0), value=True) & valid[..., None]).flatten(1)                   # [B,T*(1+P)]
-        return self.embedding(embedding.sum(1), text), tokens, F.pad(~here, (0, 1), value=False) # [B,2D], [B,R,W], [B,R]
+        return self.embedding(seen, text), tokens, F.pad(~here, (0, 1), value=False)            # [B,2D], [B,R,W], [B,R]
 
     def embedding(self, seen, text):
         """What was seen [B,D] and read [B,W] -> [B,2D] of length 1: one half with the text, one without.
@@ -369,7 +367,7 @@ class RICE(nn.Module):
         return torch.cat([read, seen], -1) * math.sqrt(0.5)                                      # [B,2D]
 
     def forward(self, image, title, frames, keep, valid, asr):
-        """Both views of B pairs: what encode_images and what encode_clips gives; their embeddings' product is the ranking."""
+        """Both views of B pairs, by encode_images and encode_clips; their embeddings' product is the ranking."""
         return self.encode_images(image, title), self.encode_clips(frames, keep, valid, asr)
 
     def loss(self, batch):
@@ -378,7 +376,7 @@ class RICE(nn.Module):
         ICL is asked for with and without the text: words would else spare the pictures the learning.
         """
         views = self(*(batch[name] for name in ("image", "title", "frames", "keep", "valid", "asr")))
-        (image, image_tokens), (clip, clip_tokens, padding) = views                              # [B,2D], [B,Q,W], [B,2D], [B,R,W]
+        (image, image_tokens), (clip, clip_tokens, padding) = views           # [B,2D], [B,Q,W], [B,2D], [B,R,W], [B,R]
         halves = list(zip(clip.chunk(2, -1), image.chunk(2, -1)))                                # [B,D], [B,D] twice
         loss = sum(icl_loss(*half, self.scale(), batch["product"]) for half in halves) / 2
         terms = {"icl": loss.detach(), "scale": self.scale().detach()}
@@ -394,12 +392,12 @@ class RICE(nn.Module):
 
     @torch.no_grad()
     def _candidates(self, clip, image, product, seed):
-        """Column 0 the image's own clip, then its negatives from the clips of all processes: [B,1+n] and which are real [B,n]."""
+        """The image's own clip (column 0), then negatives from all processes' clips: [B,1+n]; which are real [B,n]."""
         with torch.autocast(image.device.type, enabled=False):
             clip, image = F.normalize(clip.float(), dim=-1), F.normalize(image.float(), dim=-1)  # [B,D], [B,D]
             similarity = self.scale() * image @ gather(clip).T                                   # [B,A]
         row, (B, A) = first_row(len(image)), similarity.shape
-        noise = gumbel((A, A), seed)[row:row + B].to(image.device, non_blocking=True)   # all rows are drawn, so any layout draws alike
+        noise = gumbel((A, A), seed)[row:row + B].to(image.device, non_blocking=True)  # all rows: alike in any layout
         negatives, real = sample_negatives(similarity, product, gather(product), self.n_neg, self.hard, noise)
         return torch.cat([torch.arange(row, row + B, device=image.device)[:, None], negatives], 1), real
 
@@ -411,14 +409,14 @@ class RICE(nn.Module):
         heads, P = maps.shape[1], self.visual.grid ** 2
         maps = maps[:, :, 1:1 + P, :-1].unflatten(-1, (T, 1 + P))[..., 1:].flatten(-2)           # [B,heads,P,T*P]
         padding = padding[:, :-1].unflatten(1, (T, 1 + P))[..., 1:].flatten(1)                   # [B,T*P]
-        # Times sqrt(width of a head), as the public code returns its maps: weights of 1/R alone are too small to learn from.
+        # Times sqrt(width of a head), as in the public code: weights of 1/R alone are too small to learn from.
         return maps * math.sqrt(self.text_proj.in_features / heads), padding
 
     def _reconstruct(self, maps, clip_tokens, image_tokens, padding, T, product):
-        padding = padding & (product >= 0)[:, None]                   # a softmax over nothing is none: it is left out later
-        maps, padding = self.patch_maps(maps, padding, T)                                        # [B,heads,P,T*P], [B,T*P]
+        padding = padding & (product >= 0)[:, None]               # a softmax over nothing is none: it is left out later
+        maps, padding = self.patch_maps(maps, padding, T)                                     # [B,heads,P,T*P], [B,T*P]
         P = maps.shape[2]
-        clip_patches = clip_tokens[:, :-1].unflatten(1, (T, 1 + P))[:, :, 1:].flatten(1, 2)      # [B,T*P,W]
+        clip_patches = clip_tokens[:, :-1].unflatten(1, (T, 1 + P))[:, :, 1:].flatten(1, 2)   # [B,T*P,W]
         return pfr_loss(maps, self.pfr_head, clip_patches, image_tokens[:, 1:1 + P], padding, product)
 
 
@@ -448,8 +446,9 @@ class _Tensors(pickle.Unpickler):
         return torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
 
     def find_class(self, module, name):
-        dtypes = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "LongStorage": torch.int64, "DoubleStorage": torch.float64,
-                  "BFloat16Storage": torch.bfloat16, "IntStorage": torch.int32, "BoolStorage": torch.bool}
+        dtypes = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+                  "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
+                  "BoolStorage": torch.bool}
         if module == "torch" and name in dtypes:
             return dtypes[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -472,5 +471,5 @@ def read_torchscript(path):
             elif isinstance(value, _Tensors.Record):
                 yield from walk(value, f"{prefix}{name}.")
     with zipfile.ZipFile(path) as archive:
-        archive.getinfo(f"{archive.namelist()[0].split('/')[0]}/constants.pkl")          # only TorchScript has this part
+        archive.getinfo(f"{archive.namelist()[0].split('/')[0]}/constants.pkl")         # only TorchScript has this part
         return dict(walk(_Tensors(archive).load(), ""))

@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 8 train.py --preset paper --data LPR4M --stage sd --init dab_detr_r50.pth
 
     flags -> configure -> Config -> prepare(stage): model, samples, order
-          -> the loop: batch -> loss -> gradient -> AdamW -> RUN/STAGE.jsonl, RUN/STAGE.pt -> eval.evaluate -> RUN/results.json
+          -> loop: batch -> loss -> gradient -> AdamW -> RUN/STAGE.jsonl, STAGE.pt -> eval.evaluate -> RUN/results.json
     A run that was stopped goes on where it stood, by the same command.
 
 The file: configuration; what differs between the stages; a step; the loop; then what a long run needs besides: stopping
@@ -45,7 +45,7 @@ from data import BadInput
 
 
 def option(default, group, text, low=None):
-    """A field of Config with its flag's group and help; numbers below `low` (1 for whole numbers, else 0) are refused."""
+    """A field of Config with its flag's group and help; numbers below `low` (whole ones: 1, others: 0) are refused."""
     low = int(isinstance(default, int)) if low is None else low
     return field(default=default, metadata={"group": group, "help": text, "low": low})
 
@@ -54,7 +54,8 @@ def option(default, group, text, low=None):
 class Config:
     """Everything that decides a run of one stage; the defaults are the paper's where it gives a value."""
     stage: str = option("sd", "run", "sd, md, rice, or all of them in this order")
-    preset: str = option("tiny", "run", "tiny: the quickstart; small: 34 categories, a GPU for an hour; paper: the recipe")
+    preset: str = option("tiny", "run",
+                         "tiny: the quickstart; small: 34 categories, a GPU for an hour; paper: the recipe")
     data: str = option("runs/livestreams", "run", "data folder in LPR4M's layout; the default ones are rendered")
     out: str = option("", "run", "run folder: checkpoints, logs, pictures; default: runs/PRESET")
     detectors: str = option("", "run", "run folder of the sd.pt and md.pt that a later stage needs; default: --out")
@@ -64,9 +65,11 @@ class Config:
     workers: int = option(8, "run", "processes that load pictures, for each training process", low=0)
     save_every: int = option(1000, "run", "steps between checkpoints")
     log_every: int = option(50, "run", "steps between lines of the log")
-    eval_every: int = option(0, "run", "steps between evaluations on the val lives; keeps the best, too; 0: none", low=0)
+    eval_every: int = option(0, "run",
+                             "steps between evaluations on the val lives; keeps the best, too; 0: none", low=0)
 
-    precision: str = option("float32", "optimisation", "float32, or bf16: autocast, with matching and losses in float32")
+    precision: str = option("float32", "optimisation",
+                            "float32, or bf16: autocast, with matching and losses in float32")
     steps: int = option(0, "optimisation", "training steps; 0: as many as --epochs makes", low=0)
     epochs: float = option(20.0, "optimisation", "passes over the samples (frames for sd, clips for md and rice)")
     batch: int = option(64, "optimisation", "samples a step over all processes: frames (sd), clips (md, rice)")
@@ -77,13 +80,15 @@ class Config:
     clip_norm: float = option(0.1, "optimisation", "gradients longer than this are shortened to it")
     warmup: int = option(0, "optimisation", "steps over which the learning rate rises", low=0)
     schedule: str = option("drop", "optimisation", "after --drop of the steps; drop: x0.1; cosine: to 0 along a cosine")
-    drop: float = option(0.75, "optimisation", "share of the steps at the peak learning rate; the paper: 15 of 20 epochs")
+    drop: float = option(0.75, "optimisation",
+                         "share of the steps at the peak learning rate; the paper: 15 of 20 epochs")
 
     frames: int = option(10, "pictures", "frames of a clip, at even intervals (md, rice)")
     shortest: str = option("480,800,32", "pictures", "shortest side, pixels: lowest, highest, step; drawn in training")
     longest: int = option(1333, "pictures", "limit of the longest side, pixels")
 
-    backbone: str = option("resnet50", "detectors", "resnet50 or another torchvision ResNet; small: stride 8, from nothing")
+    backbone: str = option("resnet50", "detectors",
+                           "resnet50 or another torchvision ResNet; small: stride 8, from nothing")
     dim: int = option(256, "detectors", "channels of the transformer")
     heads: int = option(8, "detectors", "attention heads")
     encoder_layers: int = option(6, "detectors", "encoder layers")
@@ -126,8 +131,8 @@ PRESETS = {
                  "vit_heads": 4, "patch": 0, "size": 64, "embedding": 128}},
     "small": {
         "all": {"data": "runs/livestreams-small", "schedule": "cosine", "drop": 0.5, "clip_norm": 1.0,
-                "shortest": "128,160,16", "longest": 320, "backbone": "small", "dim": 192, "heads": 6, "encoder_layers": 2,
-                "decoder_layers": 4, "ffn": 768, "queries": 25, "dense": 1.0, "keep": "15,10,5"},
+                "shortest": "128,160,16", "longest": 320, "backbone": "small", "dim": 192, "heads": 6,
+                "encoder_layers": 2, "decoder_layers": 4, "ffn": 768, "queries": 25, "dense": 1.0, "keep": "15,10,5"},
         "sd": {"steps": 10000, "batch": 64, "lr": 7e-4, "backbone_lr": 7e-4, "warmup": 300},
         "md": {"steps": 3000, "batch": 16, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 100},
         "rice": {"steps": 4000, "batch": 128, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 200, "drop": 0.1,
@@ -160,11 +165,11 @@ def configure(given, stage):
         if isinstance(value, (int, float)) and not low <= value < 2 ** 31:
             raise BadInput(f"{flag(item.name)} {value}: expected {low} or more{', and finite' if value > low else ''}")
     for name, count in (("shortest", 3), ("keep", None)):
-        given_list = getattr(config, name)
-        numbers = given_list.split(",")
+        raw = getattr(config, name)
+        numbers = raw.split(",")
         whole = all(n.isdecimal() and len(n) < 7 and int(n) > 0 for n in numbers)
         if not whole or len(numbers) != (count or len(numbers)):
-            raise BadInput(f"--{name} {given_list[:60]}: expected {count or 'one or more'} whole numbers and commas between")
+            raise BadInput(f"--{name} {raw[:60]}: expected {count or 'one or more'} whole numbers and commas between")
         setattr(config, name, [int(n) for n in numbers])
     checks = [(config.shortest[0] <= config.shortest[1], "--shortest: the lowest comes before the highest"),
               (config.drop <= 1, "--drop is a share, 0 to 1"),
@@ -173,9 +178,10 @@ def configure(given, stage):
               (given.get("view") in (None, "frame") or config.boxes != "none",
                f"--view {config.view} needs --boxes md, sd or true")]
     if stage == "rice":
+        side = config.patch or 16
         checks += [(config.width % config.vit_heads == 0, "--width must be a multiple of --vit-heads"),
                    (config.width % 8 == 0, "--width must be a multiple of 8"),
-                   (config.size % (config.patch or 16) == 0, "--size must be a multiple of --patch (of 16 when that is 0)")]
+                   (config.size % side == 0, "--size must be a multiple of --patch (of 16 when that is 0)")]
     for right, text in checks:
         if not right:
             raise BadInput(text)
@@ -193,9 +199,7 @@ def flag(name):
 
 def prepare(config, device, saved):
     """-> model, what its checkpoint holds besides, samples, order of an epoch, collate; all the rest is the same.
-
-    saved: the checkpoint of this stage that the run goes on from, or None.
-    """
+    saved: the checkpoint of this stage that the run goes on from, or None."""
     lives = data.Lives(config.data, "train")
     lives = lives.few(config.overfit) if config.overfit else lives
     return (prepare_rice if config.stage == "rice" else prepare_detector)(config, lives, device, saved)
@@ -248,11 +252,11 @@ def finished(config, stage):
     """The checkpoint of an earlier stage, at its last step."""
     path = f"{config.detectors}/{stage}.pt"
     checkpoint = evaluation.read_checkpoint(path)
-    saved = checkpoint["config"]
-    if saved["stage"] != stage:
-        raise BadInput(f"{path} holds stage {saved['stage']}, not {stage}; train it with `python train.py --stage {stage}`")
-    if checkpoint["step"] < saved["steps"]:
-        raise BadInput(f"{path} stands at step {checkpoint['step']} of {saved['steps']}; finish it with "
+    held, steps = (checkpoint["config"][name] for name in ("stage", "steps"))
+    if held != stage:
+        raise BadInput(f"{path} holds stage {held}, not {stage}; train it with `python train.py --stage {stage}`")
+    if checkpoint["step"] < steps:
+        raise BadInput(f"{path} stands at step {checkpoint['step']} of {steps}; finish it with "
                        f"`python train.py --stage {stage} --preset {config.preset} --out {config.detectors}`")
     return checkpoint
 
@@ -304,10 +308,9 @@ def learning_rate(step, config):
 def forward_backward(wrapped, optimizer, batch, config, device, step):
     """The gradient of one step's batch, in --accum parts one after the other; -> loss and terms.
 
-    A detector's loss is a sum over boxes divided by their number in the part, on all processes; times that number over
-    the whole batch's it adds up to the loss of the batch at once. (The auxiliary losses of --dense have counts of their
-    own, so there it is near, not equal.) ICL and the PMD meet only the clips of their part: the gradient is the mean
-    over smaller batches with fewer negatives, which is another loss.
+    A detector's loss is a mean over the part's boxes on all processes; times the part's share of the batch's boxes, the
+    parts add up to the loss of the batch at once (nearly, with --dense: its losses have counts of their own). ICL and
+    PMD meet only the clips of their part: another loss, the mean over smaller batches with fewer negatives.
     """
     optimizer.zero_grad()
     cuts = [len(batch["clip"]) * n // config.accum for n in range(config.accum + 1)]
@@ -437,8 +440,7 @@ def write_line(log, line, rank):
 def heard_by_all(batch, unread, signals, config, samples):
     """Add what any process could not read in this step to `unread`; -> whether one was told to stop: the same on all.
 
-    Both are known on the host, and there they are exchanged: the device is not waited for. BadInput when more than 1 %
-    of the clips cannot be read.
+    Exchanged on the host, so the device is not waited for. BadInput when more than 1 % of the clips cannot be read.
     """
     mine = [(int(clip), reason) for clip, reason in zip(batch["clip"], batch["bad"]) if reason]
     flags = over_all(torch.tensor([len(mine), len(signals.seen)]))
@@ -453,10 +455,8 @@ def heard_by_all(batch, unread, signals, config, samples):
 
 
 def stop_where_not_finite(wrong, loss, terms, norm, model, step, batch, lives, rank):
-    """End the run on all processes when a loss or gradient of one was not finite at step `wrong` or since (inf: never).
-
-    Asked at every line of the log and before a checkpoint is written, so none is spoilt.
-    """
+    """End the run on all processes when a loss or gradient of one was not finite at step `wrong` or since (inf: never);
+    asked at every line of the log and before a checkpoint is written, so none is spoilt."""
     if over_all(wrong, dist.ReduceOp.MIN).isinf():
         return
     tensors = [(f"weight {name}", p) for name, p in model.named_parameters()]
@@ -481,10 +481,8 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Notes Ctrl-C and SIGTERM (what a scheduler or torchrun sends), so that the step in hand is finished and saved.
-
-    A second one ends the process at once.
-    """
+    """Notes Ctrl-C and SIGTERM (what a scheduler or torchrun sends), so that the step in hand is finished and saved;
+    a second one ends the process at once."""
 
     def __enter__(self):
         self.seen, self.before = [], {}
@@ -546,9 +544,7 @@ def complete(config, saved, path):
 
 def differences(config, saved, harmless=False):
     """What the user changed since the checkpoint was made, as text; steps counted from epochs do not differ.
-
-    harmless: of the fields that change no weight (eval.WEIGHTLESS), instead of those that do.
-    """
+    harmless: of the fields that change no weight (eval.WEIGHTLESS), instead of those that do."""
     now, free = vars(config), evaluation.WEIGHTLESS
     counted = free if harmless else now.keys() - free - ({"steps"} if not now["steps"] else set())
     return [f"{name}: {saved.get(name)} there, {now[name]} here" for name in now
@@ -591,7 +587,7 @@ def cut_log(log, start):
     lines = log.read_bytes().splitlines(True) if start and log.exists() else []
     steps = [step_of(line) for line in lines]
     if math.inf in steps[:-1]:
-        raise BadInput(f"{log}:{steps.index(math.inf) + 1}: not a line of the log, {{\"step\": ...}}; remove it, or all")
+        raise BadInput(f'{log}:{steps.index(math.inf) + 1}: not a line of the log, {{"step": ...}}; remove it, or all')
     with data.whole(log) as part:
         Path(part).write_bytes(b"".join(line for line, step in zip(lines, steps) if step <= start))
 
@@ -625,7 +621,7 @@ def start_from(model, path):
            if key.startswith(place) and (key in state or not key.startswith("transformer.decoder.bbox_embed."))}
     shapes = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
     new = {key for key in shapes if key.startswith("class_embed.")}
-    wrong = {"missing": own.keys() - state.keys(), "left over": state.keys() - own.keys(), "of another shape": shapes - new}
+    wrong = {"missing": own.keys() - state, "left over": state.keys() - own, "of another shape": shapes - new}
     if any(wrong.values()):
         named = [f"{text}: {', '.join(sorted(keys)[:8])}" for text, keys in wrong.items() if keys]
         raise BadInput(f"{path}: {'; '.join(named)}")
@@ -655,8 +651,9 @@ def read_weights(path):
 # ------------------------------------------------------------------ which checkpoints are sound
 
 # What eval.py reads of a checkpoint's configuration and has no default for.
-NEEDED = ("stage data seed steps workers frames shortest longest backbone dim heads encoder_layers decoder_layers ffn queries "
-          "dense keep boxes view text width layers vit_heads patch size embedding losses n_neg negatives rerank").split()
+NEEDED = ("stage data seed steps workers frames shortest longest backbone dim heads encoder_layers decoder_layers ffn "
+          "queries dense keep boxes view text width layers vit_heads patch size embedding losses n_neg negatives "
+          "rerank").split()
 
 
 def unsound(checkpoint):
@@ -664,7 +661,7 @@ def unsound(checkpoint):
     weights of the names and shapes that it asks for. A RICE's detector is held against the same rules."""
     try:
         config, weights = checkpoint["config"], checkpoint["model"]
-        kinds = {f.name: (float, int) if type(f.default) is float else (type(f.default),) for f in dataclasses.fields(Config)}
+        kinds = {name: (float, int) if type(x) is float else (type(x),) for name, x in vars(Config()).items()}
         lists = {name: ",".join(map(str, config[name])) for name in ("shortest", "keep")}
         given = {name: value for name, value in (config | lists).items() if name in kinds}
         wrong = [name for name in NEEDED if name not in given]
@@ -674,10 +671,11 @@ def unsound(checkpoint):
         configure(given, config["stage"])
         if not all(type(raw) is int and type(name) is str for raw, name in checkpoint["categories"].items()):
             return "categories: expected {number: name}"
-        if not 0 <= checkpoint.get("step", 0) <= config["steps"] or not isinstance(checkpoint.get("best", 0.0), (int, float)):
+        step, best = checkpoint.get("step", 0), checkpoint.get("best", 0.0)
+        if not 0 <= step <= config["steps"] or not isinstance(best, (int, float)):
             return f"step: expected 0 to {config['steps']}"
         texts = config["stage"] == "rice" and data.Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):            # shapes only: no memory, no random numbers
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):            # shapes only: no memory, no draws
             model = evaluation.build(config, len(checkpoint["categories"]), texts and texts.vocab)
         asked = {name: value.shape for name, value in model.state_dict().items()}
         found = {name: value.shape for name, value in weights.items()}
@@ -686,7 +684,7 @@ def unsound(checkpoint):
         if wrong:
             return f"weights that do not fit its configuration or are not finite: {min(wrong)}, {len(wrong)} in all"
         return unsound(checkpoint["detector"]) if "detector" in checkpoint else ""
-    except Exception as error:                                                   # a part of another kind leads to anything
+    except Exception as error:                                                   # parts of another kind raise anything
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
@@ -708,13 +706,13 @@ def run(given):
         if rank == 0:
             data.Lives(configs[0].data, "train")                       # one process makes the index, the others find it
         dist.barrier()
-    path = Path(configs[0].out) / "results.json"
+    path, again = Path(configs[0].out) / "results.json", "remove it, and every stage is evaluated again"
     try:
         results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if not all(isinstance(result, dict) for result in results.values()):
             raise ValueError
     except (ValueError, AttributeError, RecursionError):
-        raise BadInput(f"{path}: not JSON of results by stage; remove it, and every stage is evaluated again") from None
+        raise BadInput(f"{path}: not JSON of results by stage; {again}") from None
     for config in configs:
         trained = train(config, rank, world, device)
         checkpoint, before = f"{config.out}/{config.stage}.pt", results.get(config.stage, {})
@@ -731,14 +729,15 @@ def run(given):
             try:
                 evaluation.show(before)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-                raise BadInput(f"{path}: {config.stage}: not results; remove it, and every stage is evaluated again") from None
+                raise BadInput(f"{path}: {config.stage}: not results; {again}") from None
     if rank == 0:
         print(f"\nall done: {path}")
 
 
 def main(argv=None):
     parser = data.Parser(
-        usage="train.py [--FLAG VALUE ...]", description="Train SD, MD and RICE; with no argument: the whole quickstart.",
+        usage="train.py [--FLAG VALUE ...]",
+        description="Train SD, MD and RICE; with no argument: the whole quickstart.",
         epilog="Defaults are the paper's; --preset tiny (the default) changes many of them: see PRESETS in train.py.")
     groups = {}
     for item in dataclasses.fields(Config):
