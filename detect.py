@@ -7,8 +7,9 @@
                     -> logits [B,T,k,K], boxes [B,T,k,4] of each step; the best of the last is the answer             MD
 
 Letters: B images or clips, T frames, N queries (anchors), k queries kept, K classes, L decoder layers, C channels,
-H W pixels, h w feature map, S = h*w memory tokens, M boxes of a frame, G groups of channels, `heads` of attention.
-Boxes are (cx, cy, w, h) in 0..1 of the picture without its padding. Masks are True on padding, pixels or tokens.
+H W pixels, h w feature map, S = h*w memory tokens, M boxes of a frame, G groups of channels, `heads` of attention, Q
+tokens that ask and R that are asked, E their width. Boxes are (cx, cy, w, h) in 0..1 of the picture without padding.
+Masks called `padding` and `absent` are True where nothing is; `valid`, `here`, `allowed` where something is.
 """
 import math
 
@@ -25,7 +26,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_convert, roi_align, sigmoid_f
 
 
 def inverse_sigmoid(x, eps=1e-3):
-    """Logit of x in 0..1, clamped; eps is DAB-DETR's, so boxes within 0.001 of the border move as theirs do."""
+    """Logit of x in 0..1, clamped: within eps (DAB-DETR's) of the border there is no gradient."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
@@ -40,7 +41,8 @@ def sine(position, channels, temperature):
 def sine_image(padding, channels):
     """Position of every memory token: padding [B,h,w] -> [B,h,w,C], y in the first half and x in the second.
 
-    The image's temperature is 20 (DAB-DETR's choice: tokens are few and coarse); the anchors' is 10000, as in DETR.
+    The image's temperature is 20 (DAB-DETR's choice: tokens are few and coarse, long wavelengths tell nothing apart);
+    the anchors' is 10000, as in DETR: their centres and sizes are continuous, for the MLP behind to read.
     """
     y, x = (~padding).cumsum(1, dtype=torch.float32), (~padding).cumsum(2, dtype=torch.float32)  # [B,h,w]
     y, x = y / (y[:, -1:] + 1e-6) * 2 * math.pi, x / (x[:, :, -1:] + 1e-6) * 2 * math.pi         # [B,h,w]
@@ -107,6 +109,8 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Layers of self-attention; in each the content scales its tokens' positions: how much place counts is learned."""
+
     def __init__(self, dim, heads, ffn, layers):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, ffn) for _ in range(layers))
@@ -121,7 +125,8 @@ class Encoder(nn.Module):
 class DecoderLayer(nn.Module):
     """Queries attend to each other, then to the memory by content beside position, then a feed-forward net; post-norm.
 
-    Only the first layer adds the anchor's position to the content: its content still is zero (parity: DAB-DETR).
+    In cross-attention only the first layer adds the anchor's position to the content too, which still is zero there
+    (parity: DAB-DETR); self-attention adds it in every layer.
     """
 
     def __init__(self, dim, heads, ffn, first):
@@ -172,11 +177,12 @@ class Decoder(nn.Module):
     def positions(self, anchors, content, scaled=True):
         """Anchors [B,N,4] and content [B,N,C] -> query position [B,N,C] and modulated sine [B,N,C] for cross-attention.
 
-        A wide anchor looks less sharply along x: the x half is scaled by (learned width / anchor width), y likewise.
+        A wide anchor looks less sharply along x: the x half is scaled by (a width predicted from the content / the
+        anchor's width), y likewise.
         """
         embedding = sine_anchor(anchors, self.dim)                                               # [B,N,2C]
         centre = embedding[..., :self.dim]                                                       # [B,N,C] y, x
-        if scaled:                      # the content of the first layer is zero and has nothing to say
+        if scaled:                      # the first layer's content is zero: it would scale all positions alike
             centre = centre * self.query_scale(content)                                          # [B,N,C]
         width, height = self.ref_anchor_head(content).sigmoid().unbind(-1)                       # [B,N], [B,N]
         y, x = centre.chunk(2, -1)                                                               # [B,N,C/2] twice
@@ -187,12 +193,12 @@ class Decoder(nn.Module):
         x, contents, references = torch.zeros(*anchors.shape[:2], self.dim, device=anchors.device), [], []  # [B,N,C]
         reference = anchors                                                                      # [B,N,4]
         for i, layer in enumerate(self.layers):
+            # The anchor that a layer computes with is detached, the content x never is. The copy from which the layer's
+            # reported box starts is not, so the loss on this box still reaches the box head of the layer before.
             references.append(reference)
             anchors = reference if i == 0 else reference.detach()                                # [B,N,4]
             x = layer(x, *self.positions(anchors, x, scaled=i > 0), memory, position, padding)   # [B,N,C]
             contents.append(self.norm(x))
-            # What the next layer computes with is detached; the copy its reported box starts from is not, so the next
-            # layer's loss still reaches this layer's box head ("look forward once").
             reference = (self.bbox_embed(x) + inverse_sigmoid(anchors)).sigmoid()                # [B,N,4]
         return torch.stack(contents), torch.stack(references)                                    # [L,B,N,C], [L,B,N,4]
 
@@ -237,7 +243,7 @@ class Block(nn.Module):
 
 
 class SmallBody(nn.Module):
-    """Backbone of the tiny preset: stride 8, with stride 16 added from below. Channels 128."""
+    """Backbone "small" (presets tiny and small): stride 8, with stride 16 added from below. Channels 128."""
 
     channels = 128
 
@@ -260,7 +266,7 @@ class SmallBody(nn.Module):
 class Backbone(nn.Module):
     """Pictures [B,3,H,W] and padding [B,H,W] -> feature map [B,channels,h,w]: "small", or a torchvision ResNet's C5.
 
-    The ResNet's batch norm is frozen, and so are its stem and first stage, as DETR has them.
+    The ResNet's batch norm is frozen, and so are its stem and first stage, as DETR has them: it needs public weights.
     """
 
     def __init__(self, name):
@@ -310,7 +316,8 @@ class SD(nn.Module):
     """Single-frame detector: DAB-DETR, with the public checkpoint's parameter names (supplement, section 2.1).
 
     images [B,3,H,W] (normalised, 0 where padded), padding [B,H,W] -> logits [L,B,N,K], boxes_cxcywh [L,B,N,4]; the last
-    layer is the answer. There is no background class: the K scores are sigmoids of their own, all low where nothing is.
+    layer is the answer. There is no background class: the K scores are sigmoids of their own, all low where nothing is,
+    and the focal loss copes with the many low ones.
     backbone: "resnet50" (any torchvision ResNet), or "small" (stride 8, starts from nothing).
     dense: weight of two auxiliary losses for a detector from nothing (0: neither, nor their heads): a token inside a
     box tells the box's category; a query paints a thumbnail of its box, for MD compares what queries know of its look.
@@ -365,7 +372,7 @@ class SD(nn.Module):
         """A batch of collate_detection (frames as normalised floats) -> the loss and its terms for the log."""
         names = "frames", "padding", "labels", "boxes_cxcywh", "valid"
         frames, padding, labels, boxes, valid = (batch[name].flatten(0, 1) for name in names)
-        padding = padding & valid[:, None, None]          # an absent frame is all padding: no key would be left
+        padding = padding & valid[:, None, None]     # an absent frame is all padding: a softmax over no key is NaN
         contents, predicted, memory, *_ = self.features(frames, padding)
         loss, terms = detection_loss(self.class_embed(contents), predicted, labels, boxes, valid)
         if self.dense:
@@ -505,7 +512,7 @@ class MD(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.sd.eval()                          # the frozen detector stays as it was trained, whatever the mode
+        self.sd.eval()          # it has no dropout and no batch statistics; a backbone that has stays still as well
         return self
 
     def single(self, frames, padding):
@@ -518,16 +525,18 @@ class MD(nn.Module):
     def temporal(self, queries, logits, boxes, memory, valid):
         """The TTM on what `single` gave: -> logits [B,T,k,K] and boxes [B,T,k,4] of each step, as two lists."""
         all_logits, all_boxes = [], []
+        absent = ~valid & valid.any(1, keepdim=True)       # [B,T]; where no frame is there, all take part
         for k, step in zip(self.steps, self.ttm):
-            # Selected with each step's own scores, but the box each query refines is always the one SD gave it.
+            # Selected with each step's own scores, but the box that each query refines is always the one SD gave it
+            # (TransVOD Lite's rule): every step is a correction of SD, none of another step.
             queries, boxes = keep_best(logits, k, queries, boxes)                                # [B,T,k,C], [B,T,k,4]
-            queries, logits, refined = step(queries, boxes, self.sd.transformer["decoder"].positions, *memory, ~valid)
+            queries, logits, refined = step(queries, boxes, self.sd.transformer["decoder"].positions, *memory, absent)
             all_logits.append(logits)
             all_boxes.append(refined)
         return all_logits, all_boxes
 
     def forward(self, frames, padding, valid):
-        padding = padding & valid[..., None, None]        # an absent frame is all padding: no key would be left
+        padding = padding & valid[..., None, None]   # an absent frame is all padding: a softmax over no key is NaN
         *single, memory = self.single(frames, padding)
         logits, boxes = self.temporal(*single, memory, valid)                                    # [B,T,k,.] a step
         return logits, boxes, pick(logits[-1], boxes[-1])[0]                                     # [B,T,4]
@@ -606,7 +615,9 @@ def giou(boxes1_xyxy, boxes2_xyxy):
 
 
 def matching_cost(logits, boxes, labels, targets):
-    """Cost of giving target m to query n: 2 class + 5 L1 + 2 GIoU (DAB-DETR); class: the focal loss's change.
+    """Cost of giving target m to query n: 2 class + 5 L1 + 2 GIoU (DAB-DETR's weights; in the loss the class weighs 1).
+
+    The class part is by how much the focal loss of that class falls when its target turns from 0 to 1.
 
     logits [...,N,K], boxes [...,N,4], labels [...,M], targets [...,M,4] -> [...,N,M]
     """
@@ -646,8 +657,8 @@ def match(logits, boxes, labels, targets):
 def share_of_all(count):
     """The divisor of a loss summed on this process: the count over all processes, at least 1, over their number.
 
-    DDP averages the gradients of W processes. Each divides its sum by (total / W), so the average is sum / total: the
-    step that one process would take on the whole batch.
+    DDP averages the gradients of all processes. Each divides its sum by (total / their number), so the average is sum /
+    total: the step that one process would take on the whole batch.
     """
     total, world = count.detach().float().clone(), 1
     if dist.is_initialized():

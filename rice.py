@@ -4,11 +4,12 @@
     shop image  [B,3,S,S]   -> ViT -> image embedding [B,D] -----------------------------+   (one ViT for both views)
     image tokens ask the tokens of 1 right and n wrong clips (hard negatives) -> match scores   -- PMD: tell them apart
     where they looked in the right clip, must rebuild the image's patches from the clip's       -- PFR: align patches
-    ASR and title -> text encoder -> one token more for the PMD, and added to the ICL embedding
+    ASR and title -> text encoder -> one token more for the PMD, and added to a half of the ICL embedding [B,2D]
 
 Letters: B pairs of this process, A pairs of all processes, T frames, S side in pixels, P patches of a picture, W token
-width, D embedding, N text tokens, Q tokens of an image, R tokens of a clip, C candidate clips of an image, `heads` of
-attention. Masks called `padding` are True where there is nothing; `keep` and `valid` are True where there is something.
+width, D embedding, N text tokens, Q tokens of an image (1+P and its text), R tokens of a clip, C candidate clips of an
+image, G and g patches on a side, `heads` of attention. Masks called `padding` are True where there is nothing; `keep`
+and `valid` are True where there is something.
 """
 import math
 import pickle
@@ -46,7 +47,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks with CLIP's initialisation: what a block adds shrinks with depth."""
+    """Blocks with CLIP's initialisation: the more of them, the less each adds at the start."""
 
     def __init__(self, width, layers, heads):
         super().__init__()
@@ -131,9 +132,9 @@ class TextEncoder(nn.Module):
 class Gather(torch.autograd.Function):
     """Rows of every process, in order of rank, with gradients: [B,...] -> [A,...].
 
-    Each process sums the loss of its own rows, but its rows take part in the others' losses too. So the gradient of a
-    process's rows is the sum of what all processes found for them (all_reduce, then its own slice). DDP then averages
-    over processes, and the mean over B rows of each becomes the mean over all A rows: no other factor.
+    Each process takes the mean loss of its own B rows, but its rows take part in the others' losses too. So the
+    gradient of its rows is the sum of what all processes found for them (all_reduce, then its own slice). DDP then
+    averages over processes, and the mean over B rows of each becomes the mean over all A rows: no other factor.
     """
 
     @staticmethod
@@ -168,7 +169,7 @@ def icl_loss(clip, image, scale, product=None):
     directions. Clips of a batch may show the same product: such a pair is no negative (in the public code it is one).
     """
     own = torch.arange(len(clip), device=clip.device) + first_row(len(clip))                     # [B]
-    with torch.autocast(clip.device.type, enabled=False):                    # products of a softmax stay float32
+    with torch.autocast(clip.device.type, enabled=False):                    # bf16 would blur the cosines
         clip, image = F.normalize(clip.float(), dim=-1), F.normalize(image.float(), dim=-1)      # [B,D], [B,D]
         logits = torch.stack([scale * clip @ gather(image).T, scale * image @ gather(clip).T])   # [2,B,A]
     if product is not None:
@@ -181,7 +182,10 @@ def icl_loss(clip, image, scale, product=None):
 
 
 def mean_of_pairs(loss, product):
-    """Mean of loss [B] over all processes' pairs that could be read (product >= 0): DDP averages what each has."""
+    """Mean of loss [B] over all processes' pairs that could be read (product >= 0).
+
+    DDP will divide the sum of all processes by their number (A / B), so what each has is multiplied by it here.
+    """
     if product is None:
         return loss.mean()
     there = gather(product) >= 0                                                                 # [A]
@@ -219,9 +223,10 @@ def gumbel(shape, seed):
 class MatchLayer(nn.Module):
     """Image tokens attend to each other, then to a clip's tokens, then an MLP; pre-norm.
 
-    Cross-attention starts "tied": query and key are the same multiple of the identity, value the identity, output its
-    negative. A token then attends to its look-alike in the clip and keeps what differs: mine minus yours. So
-    the decoder starts as a comparison and need not find one.
+    The image asks, for it shows the product alone: each of its tokens looks for its like in the cluttered clip.
+    Cross-attention starts "tied" (but for a little noise): query and key are the same multiple of the identity, value
+    the identity, output its negative. A token then attends to its look-alike and keeps what differs: mine minus yours.
+    So the decoder starts as a comparison and need not find one; self-attention starts silent, to leave that as it is.
     """
 
     def __init__(self, width, heads):
@@ -237,7 +242,7 @@ class MatchLayer(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def think(self, x):
-        """Self-attention over an image's tokens: [.,1+P,W] -> [.,1+P,W]; needs no clip."""
+        """Self-attention over an image's tokens: [.,Q,W] -> [.,Q,W]; needs no clip."""
         y = self.ln_1(x)
         return x + self.self_attn(y, y, y, need_weights=False)[0]
 
@@ -290,20 +295,21 @@ def pmd_loss(score, real=None, product=None):
 
 
 def pfr_weights(maps, head, padding):
-    """From which clip patches each image patch is rebuilt: maps [B,heads,P,R], padding [B,R] -> [B,P,R], rows sum to 1.
+    """Which clip patches each image patch is rebuilt from: maps [B,heads,P,T*P], padding [B,T*P] -> [B,P,T*P], sums 1.
 
     The public code does not mask this softmax, so its padded frames take weight; here they take none.
     """
-    return head(maps).squeeze(1).float().masked_fill(padding[:, None], -math.inf).softmax(-1)    # [B,P,R]
+    return head(maps).squeeze(1).float().masked_fill(padding[:, None], -math.inf).softmax(-1)    # [B,P,T*P]
 
 
 def pfr_loss(maps, head, clip_patches, image_patches, padding, product=None):
     """Patch feature reconstruction: the maps of the true pair must rebuild the image's patches from the clip's.
 
-    maps [B,heads,P,R] non-negative, head: heads -> 1 by 1x1 convolutions, clip_patches [B,R,W], image_patches [B,P,W],
-    padding [B,R], product [B] (-1: left out) -> mean squared error. Features are detached: where to look is learned.
+    maps [B,heads,P,T*P] (attention, softmaxed once), head: heads -> 1 by 1x1 convolutions, clip_patches [B,T*P,W],
+    image_patches [B,P,W], padding [B,T*P], product [B] (-1: left out) -> mean squared error. Both features are
+    detached, or to make all of them alike would be cheapest; `head` learns and, through the maps, where to look.
     """
-    weight = pfr_weights(maps, head, padding)                                                    # [B,P,R]
+    weight = pfr_weights(maps, head, padding)                                                    # [B,P,T*P]
     with torch.autocast(maps.device.type, enabled=False):
         rebuilt = weight @ clip_patches.detach().float()                                         # [B,P,W]
     error = (rebuilt - image_patches.detach().float()).square().mean((1, 2))                     # [B]
@@ -314,8 +320,10 @@ def pfr_loss(maps, head, clip_patches, image_patches, padding, product=None):
 
 
 class RICE(nn.Module):
-    """One image encoder for both views, with text, and the three losses; training and inference share `forward`.
+    """One image encoder for both views, with text, and the three losses.
 
+    `loss` is what training asks for; evaluation asks encode_images and encode_clips for embeddings, whose product is
+    the ranking, and `pmd` for scores. A fourth loss is one more term of `loss`, named in train.CHOICES; logs show it.
     vit: arguments of ViT. vocab: size of the tokenizer. negatives: "hard" or "rand". losses: which of icl, pmd, pfr.
     """
 
@@ -413,7 +421,7 @@ class RICE(nn.Module):
         return maps * math.sqrt(self.text_proj.in_features / heads), padding
 
     def _reconstruct(self, maps, clip_tokens, image_tokens, padding, T, product):
-        padding = padding & (product >= 0)[:, None]               # a softmax over nothing is none: it is left out later
+        padding = padding & (product >= 0)[:, None]               # of a pair that is left out: no softmax over nothing
         maps, padding = self.patch_maps(maps, padding, T)                                     # [B,heads,P,T*P], [B,T*P]
         P = maps.shape[2]
         clip_patches = clip_tokens[:, :-1].unflatten(1, (T, 1 + P))[:, :, 1:].flatten(1, 2)   # [B,T*P,W]

@@ -75,7 +75,7 @@ class Config:
     batch: int = option(64, "optimisation", "samples a step over all processes: frames (sd), clips (md, rice)")
     accum: int = option(1, "optimisation", "parts of a step's batch, one after the other, to save memory; ICL sees one")
     lr: float = option(1e-4, "optimisation", "peak learning rate")
-    backbone_lr: float = option(1e-5, "optimisation", "the same for SD's backbone and RICE's image encoder")
+    backbone_lr: float = option(1e-5, "optimisation", "peak learning rate of SD's backbone and RICE's image encoder")
     weight_decay: float = option(1e-4, "optimisation", "AdamW's weight decay")
     clip_norm: float = option(0.1, "optimisation", "gradients longer than this are shortened to it")
     warmup: int = option(0, "optimisation", "steps over which the learning rate rises", low=0)
@@ -107,7 +107,7 @@ class Config:
     vit_heads: int = option(12, "rice", "its attention heads")
     patch: int = option(32, "rice", "pixels of a patch; 0: tokens of 16 pixels from convolutions", low=0)
     size: int = option(224, "rice", "side of its pictures, pixels")
-    embedding: int = option(512, "rice", "length of the ICL embedding")
+    embedding: int = option(512, "rice", "length of the ICL embedding, with text and without")
     text: str = option("both", "rice", "texts that are read: asr (the clip's), title (the image's), both, none")
     losses: str = option("icl,pmd,pfr", "rice", "which losses: icl[,pmd[,pfr]]")
     n_neg: int = option(3, "rice", "negative clips of an image in the PMD")
@@ -115,7 +115,8 @@ class Config:
     rerank: int = option(20, "rice", "how many first images the PMD scores in evaluation")
 
 
-# The supplement's recipe is the defaults above. It gives none for RICE; those values follow the public code's file.
+# The supplement's recipe is the defaults above (MD's 2e-5 is for a backbone, frozen with the rest of SD). It gives none
+# for RICE; those values follow the public code's file.
 PRESETS = {
     "paper": {
         "sd": {}, "md": {"lr": 2e-4, "backbone_lr": 2e-5},
@@ -149,7 +150,7 @@ CHOICES = {"boxes": ("md", "sd", "true", "none"), "view": ("box", "mask", "frame
 
 
 def configure(given, stage):
-    """The configuration of one stage: the defaults, then the preset, then what the user gave."""
+    """The configuration of one stage: the defaults, the preset, --overfit's values, then what the user gave."""
     if given.get("preset", "tiny") not in PRESETS:
         raise BadInput(f"--preset {given['preset']}: expected one of {', '.join(PRESETS)}")
     preset = PRESETS[given.get("preset", "tiny")]
@@ -206,7 +207,7 @@ def prepare(config, device, saved):
 
 
 def prepare_detector(config, lives, device, saved):
-    """SD on single frames, or MD on clips with the SD of the same run folder in it."""
+    """SD on single frames, or MD on clips with the SD of the folder --detectors in it."""
     if not lives.categories:
         raise BadInput(f"{config.data}: no training row names a category (columns 6 and 7); one category is enough")
     kept, base = {"categories": lives.categories}, finished(config, "sd") if config.stage == "md" else None
@@ -227,7 +228,7 @@ def prepare_detector(config, lives, device, saved):
 
 
 def prepare_rice(config, lives, device, saved):
-    """RICE on clips with their shop images, through the boxes of the detector of the same run folder."""
+    """RICE on clips with their shop images, through the boxes of a detector of --detectors, the true ones or none."""
     if saved:
         vocabulary = bytes(saved["tokenizer"].tolist())
     else:
@@ -334,7 +335,7 @@ def forward_backward(wrapped, optimizer, batch, config, device, step):
 
 
 def over_all(value, operation=dist.ReduceOp.SUM):
-    """A tensor summed (or so) over all processes."""
+    """A tensor after `operation` over all processes."""
     if dist.is_initialized():
         dist.all_reduce(value, operation)
     return value
@@ -532,7 +533,7 @@ def saved_before(config, path):
 
 
 def complete(config, saved, path):
-    """Whether a checkpoint is this very run's last; BadInput when it was trained on a detector that is gone."""
+    """Whether a checkpoint is this very run's last; BadInput when another detector stands where its own stood."""
     if saved["step"] != saved["config"]["steps"] or differences(config, saved["config"]):
         return False
     base = Path(config.detectors) / ("sd.pt" if config.stage == "md" else f"{config.boxes}.pt")
