@@ -54,8 +54,7 @@ def option(default, group, text, low=None):
 class Config:
     """Everything that decides a run of one stage; the defaults are the paper's where it gives a value."""
     stage: str = option("sd", "run", "sd, md, rice, or all of them in this order")
-    preset: str = option("tiny", "run",
-                         "tiny: the quickstart; small: 34 categories, a GPU for an hour; paper: the recipe")
+    preset: str = option("tiny", "run", "tiny: the quickstart; small: 34 categories, for a GPU; paper: the recipe")
     data: str = option("runs/livestreams", "run", "data folder in LPR4M's layout; the default ones are rendered")
     out: str = option("", "run", "run folder: checkpoints, logs, pictures; default: runs/PRESET")
     detectors: str = option("", "run", "run folder of the sd.pt and md.pt that a later stage needs; default: --out")
@@ -65,11 +64,9 @@ class Config:
     workers: int = option(8, "run", "processes that load pictures, for each training process", low=0)
     save_every: int = option(1000, "run", "steps between checkpoints")
     log_every: int = option(50, "run", "steps between lines of the log")
-    eval_every: int = option(0, "run",
-                             "steps between evaluations on the val lives; keeps the best, too; 0: none", low=0)
+    eval_every: int = option(0, "run", "steps between evaluations on the val lives, the best is kept; 0: none", low=0)
 
-    precision: str = option("float32", "optimisation",
-                            "float32, or bf16: autocast, with matching and losses in float32")
+    precision: str = option("float32", "optimisation", "float32, or bf16: autocast, matching and losses in float32")
     steps: int = option(0, "optimisation", "training steps; 0: as many as --epochs makes", low=0)
     epochs: float = option(20.0, "optimisation", "passes over the samples (frames for sd, clips for md and rice)")
     batch: int = option(64, "optimisation", "samples a step over all processes: frames (sd), clips (md, rice)")
@@ -80,15 +77,13 @@ class Config:
     clip_norm: float = option(0.1, "optimisation", "gradients longer than this are shortened to it")
     warmup: int = option(0, "optimisation", "steps over which the learning rate rises", low=0)
     schedule: str = option("drop", "optimisation", "after --drop of the steps; drop: x0.1; cosine: to 0 along a cosine")
-    drop: float = option(0.75, "optimisation",
-                         "share of the steps at the peak learning rate; the paper: 15 of 20 epochs")
+    drop: float = option(0.75, "optimisation", "share of the steps at the peak rate; the paper: 15 of 20 epochs")
 
     frames: int = option(10, "pictures", "frames of a clip, at even intervals (md, rice)")
     shortest: str = option("480,800,32", "pictures", "shortest side, pixels: lowest, highest, step; drawn in training")
     longest: int = option(1333, "pictures", "limit of the longest side, pixels")
 
-    backbone: str = option("resnet50", "detectors",
-                           "resnet50 or another torchvision ResNet; small: stride 8, from nothing")
+    backbone: str = option("resnet50", "detectors", "a torchvision ResNet, or small: stride 8, starts from nothing")
     dim: int = option(256, "detectors", "channels of the transformer")
     heads: int = option(8, "detectors", "attention heads")
     encoder_layers: int = option(6, "detectors", "encoder layers")
