@@ -455,9 +455,12 @@ class Lives:
 
 def inside(path, folder):
     """`path` itself; BadInput when it, or a link on its way, leads out of the folder, which may be a link."""
-    if "\0" in str(path) or not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
+    if "\0" in str(path) or not os.path.realpath(path).startswith(os.path.join(_real(folder), "")):
         raise BadInput(f"{path}: a path or a link that leads out of the folder {folder}".replace("\0", "?"))
     return path
+
+
+_real = functools.cache(os.path.realpath)           # of a folder that thousands of pictures lie in
 
 
 def read_picture(path):
@@ -468,7 +471,7 @@ def read_picture(path):
         if width * height > LARGEST:
             raise BadInput(f"{path}: {width} x {height} pixels, more than {LARGEST:,}")
         image = torchvision.io.decode_image(torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB, True)
-        return TF.to_dtype(image, torch.uint8, scale=True)                      # a PNG may hold 16 bits
+        return image if image.dtype == torch.uint8 else TF.to_dtype(image, torch.uint8, scale=True)   # 16-bit PNG
     except BadInput:
         raise
     except Exception:                                    # a decoder raises whatever the bytes lead it to

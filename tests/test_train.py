@@ -566,8 +566,9 @@ def test_torchscript_archives_are_read_as_data_and_positions_fit(tmp_path):
 
 
 def readme_commands():
-    """The commands of the README's bash blocks; of a loop its inner commands, with a value for its variables."""
-    lines = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    """The commands of the bash blocks of README and results.md; of a loop its inner ones, with a value for its variables."""
+    text = "".join((ROOT / name).read_text() for name in ("README.md", ".github/results.md"))
+    lines = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S)
              for line in block.splitlines() if line.strip() and not line.startswith("#")]
     return [("for" if line.startswith("for ") else "", re.sub(r"\$\(\(.*?\)\)|\$\w+", "0", command.strip()))
             for line in lines for command in re.split(r";|&&", re.sub(r"for .*?; do|; done", "", line)) if command.strip()]
