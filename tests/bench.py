@@ -12,6 +12,7 @@ Each contender is a process of its own, built once, warmed up by one turn; then 
 (lowest - highest) of the turns and the peak memory of the process. A ratio is ours over the other's, of the medians.
 """
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -260,10 +261,11 @@ def tiny_step(stage, world=1):
                   "frames": torch.randint(255, (B, T, 96, 96, 3), dtype=torch.uint8).movedim(-1, 2),
                   "padding": torch.zeros(B, T, 96, 96, dtype=torch.bool)}
     wrapped = train.Step(model)
+    earlier = [world] * ("world" in inspect.signature(train.forward_backward).parameters)       # with --before
     wrapped = wrapped if world == 1 else torch.nn.parallel.DistributedDataParallel(wrapped)
 
     def step():
-        train.forward_backward(wrapped, optimizer, batch, config, torch.device("cpu"), 0)
+        train.forward_backward(wrapped, optimizer, batch, config, torch.device("cpu"), 0, *earlier)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
     return step
