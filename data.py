@@ -25,8 +25,8 @@
 Data flow:  Lives (rows of text) -> Clip (ids, boxes, texts) -> DetectionSet or PairSet (tensors of one sample)
             -> batches (collate_detection pads) by StepSampler, in an order that is a function of (seed, step) alone.
 
-Items:  asked for by (epoch, i), augmented as a function of (seed, epoch, i) alone; a dict of `clip`, the clip's number
-        in the split, `bad`, what could not be read ("": nothing), and what its set's docstring lists. A training item
+Items:  asked for by (epoch, i), augmented as a function of (seed, epoch, i) alone; a dict of `clip` (of clips), its
+        number in the split, `bad`, what could not be read ("": nothing), and what its set's docstring lists. A training item
         of which anything cannot be read is empty; in evaluation only the frame that cannot be read is missing.
 
 Letters: B batch, T frames, M boxes of a frame, F boxes of a split, H W pixels, S side of a square view, P patches,
@@ -534,11 +534,11 @@ class Tokenizer:
 
 
 class DetectionSet(Dataset):
-    """Frames with their boxes, `frames` at a time: 1 for SD (an item a frame), more for MD (an item a clip).
+    """Frames with their boxes, `frames` at a time: 1 to train SD (an item a frame), else more (an item a clip).
 
     frames T x uint8 [3,h,w] (in evaluation None for one that cannot be read), boxes_cxcywh T x [M,4] in 0..1 and labels
-    T x [M] (empty in evaluation), size T x (w, h) of the picture that boxes are given in, position
-    T x int, a frame's place in the clip. categories: the raw ids in order of class. shortest: (lowest, highest, step)
+    T x [M] (empty in evaluation), size T x (w, h) of the picture that boxes are given in, position T x int, a frame's
+    place in the clip. categories: the raw ids in order of class. shortest: (lowest, highest, step)
     of the shortest side, drawn in training (supplement, section 2.2), the highest in evaluation; longest: limit of
     the longest side, in pixels. In evaluation a clip of more than `frames` frames makes several items that interleave,
     so each spans the clip, or one without every_frame. augment=False: training pictures as in evaluation.
@@ -863,7 +863,7 @@ class ShardSampler(list):
 # A live: a salesperson before a shelf of products of the same shop. A clip is about one intended product. Each frame is
 # staged in one of seven kinds. In "two held", "lifted" (another product in the hand, the intended one on the table) and
 # "table" frames one picture cannot tell which product is meant; the other products change from frame to frame and the
-# intended one stays, so time tells. In a "pair" clip the same two products are held all the time: only words can tell.
+# intended one stays, so time tells. In a "pair" clip the same two are held whenever one is: only words can tell.
 # Decoys are drawn from all products of the live, those of the intended product's own category included, and in SIMILAR
 # clips only from these: a vote on the category tells nothing there. All that could tell the intended product from a
 # decoy (side, size, order of drawing) is drawn from one law for both, so that only time and words give it away.
@@ -877,7 +877,7 @@ ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}   # frames of 8 that do not show i
 CLEAR = {"short": 1, "medium": 2, "long": 2}    # frames at least in which it is held alone, by visible duration
 INSTEAD = 0.4           # share of the frames without it in which another product is lifted
 SIMILAR = 0.25          # share of clips, where there are three such, whose decoys are all of the product's own category
-PAIR = 0.15             # share of clips with two products in view all the time; their ASR names category and colour
+PAIR = 0.15             # share of clips that show the product beside one other, always; their ASR names it
 SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}   # of the frame's side; a third each
 SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                    # products behind; a third each
 LOOKALIKE = 0.3         # share of products that copy another of their live but for one detail (logo, or pattern)

@@ -26,7 +26,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_convert, roi_align, sigmoid_f
 
 
 def inverse_sigmoid(x, eps=1e-3):
-    """Logit of x in 0..1, clamped: within eps (DAB-DETR's) of the border there is no gradient."""
+    """Logit of x in 0..1; finite at the border, where within eps (DAB-DETR's) it hardly moves."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
@@ -125,8 +125,8 @@ class Encoder(nn.Module):
 class DecoderLayer(nn.Module):
     """Queries attend to each other, then to the memory by content beside position, then a feed-forward net; post-norm.
 
-    In cross-attention only the first layer adds the anchor's position to the content too, which still is zero there
-    (parity: DAB-DETR); self-attention adds it in every layer.
+    In cross-attention only the first layer adds the anchor's position to the content too, which is the same for all
+    queries there (parity: DAB-DETR); self-attention adds it in every layer.
     """
 
     def __init__(self, dim, heads, ffn, first):
@@ -413,7 +413,7 @@ def picture_size(padding):
 
 
 def _share_box_head(model, state, prefix, *_):
-    """The decoder's box head is the model's own; a checkpoint may hold either name or both."""
+    """The decoder's box head is the model's own under a second name, which a checkpoint may leave out."""
     for key in [key for key in state if key.startswith(f"{prefix}bbox_embed.")]:
         state.setdefault(f"{prefix}transformer.decoder.{key[len(prefix):]}", state[key])
 
@@ -617,7 +617,7 @@ def giou(boxes1_xyxy, boxes2_xyxy):
 def matching_cost(logits, boxes, labels, targets):
     """Cost of giving target m to query n: 2 class + 5 L1 + 2 GIoU (DAB-DETR's weights; in the loss the class weighs 1).
 
-    The class part is by how much the focal loss of that class falls when its target turns from 0 to 1.
+    The class part is by how much the focal loss of that class rises when its target turns from 0 to 1.
 
     logits [...,N,K], boxes [...,N,4], labels [...,M], targets [...,M,4] -> [...,N,M]
     """

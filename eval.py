@@ -1365,8 +1365,8 @@ def finder_of(path, checkpoint, detector, device):
 
 @torch.no_grad()
 def answer_clip(recording, embedder, finder, shop, feature, most, rerank):
-    """One window of a recording -> its boxes as PairSet wants them, and its first `most` images [(name, score)]; of
-    these the PMD scores the first `rerank`."""
+    """One window of a recording -> its boxes as PairSet wants them, and its first `most` images [(name, score)]: by
+    ICL, or with `rerank` the first of so many by ICL, by both scores."""
     boxes = finder and seen_through(predict(*finder, recording, embedder.device), finder[1]["stage"], 1)
     clips = embedder.clips(recording, boxes)
     clip, tokens, padding, seen = embedder.embed(clips, [0])                                # [1,D], [1,R,W], [1,R], [1]

@@ -77,7 +77,7 @@ class Config:
     clip_norm: float = option(0.1, "optimisation", "gradients longer than this are shortened to it")
     warmup: int = option(0, "optimisation", "steps over which the learning rate rises", low=0)
     schedule: str = option("drop", "optimisation", "after --drop of the steps; drop: x0.1; cosine: to 0 along a cosine")
-    drop: float = option(0.75, "optimisation", "share of the steps at the peak rate; the paper: 15 of 20 epochs")
+    drop: float = option(0.75, "optimisation", "share of the steps before the rate falls; the paper: 15 of 20 epochs")
 
     frames: int = option(10, "pictures", "frames of a clip, at even intervals (md, rice)")
     shortest: str = option("480,800,32", "pictures", "shortest side, pixels: lowest, highest, step; drawn in training")
@@ -646,7 +646,7 @@ def read_weights(path):
 
 # ------------------------------------------------------------------ which checkpoints are sound
 
-# What eval.py reads of a checkpoint's configuration and has no default for.
+# What is read of a checkpoint's configuration and has no default.
 NEEDED = ("stage data seed steps workers frames shortest longest backbone dim heads encoder_layers decoder_layers ffn "
           "queries dense keep boxes view text width layers vit_heads patch size embedding losses n_neg negatives "
           "rerank").split()
