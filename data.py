@@ -26,8 +26,8 @@ Data flow:  Lives (rows of text) -> Clip (ids, boxes, texts) -> DetectionSet or 
             -> batches (collate_detection pads) by StepSampler, in an order that is a function of (seed, step) alone.
 
 Items:  asked for by (epoch, i), augmented as a function of (seed, epoch, i) alone; a dict of `clip` (of clips), its
-        number in the split, `bad`, what could not be read ("": nothing), and what its set's docstring lists. A training item
-        of which anything cannot be read is empty; in evaluation only the frame that cannot be read is missing.
+        number in the split, `bad`, what could not be read ("": nothing), and what its set's docstring lists. A training
+        item of which anything cannot be read is empty; in evaluation only the frame that cannot be read is missing.
 
 Letters: B batch, T frames, M boxes of a frame, F boxes of a split, H W pixels, S side of a square view, P patches,
 N tokens of a text. Another dataset is one more converter that writes this layout, as `movingfashion` does.
