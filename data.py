@@ -500,10 +500,10 @@ def even_frames(count, frames):
 
 
 def train_tokenizer(texts, vocab=2000):
-    """A sentencepiece model (its bytes) of the training texts; b"" when there is no text at all."""
+    """A sentencepiece model of the training texts: its bytes, uint8 [n], as a checkpoint holds them; none of no text."""
     texts = [t[:2000] for t in texts if t.strip()]    # a text that repeats itself takes the square of its length
     if not texts:
-        return b""
+        return torch.zeros(0, dtype=torch.uint8)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -511,19 +511,23 @@ def train_tokenizer(texts, vocab=2000):
             max_sentence_length=2 ** 20, input_sentence_size=500_000, num_threads=1, minloglevel=2)
     except RuntimeError as error:
         raise BadInput(f"the training texts do not make a vocabulary: {str(error).splitlines()[-1]}") from None
-    return model.getvalue()
+    return torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
 
 
 class Tokenizer:
-    """Text -> token ids [N]: a start token, the text's pieces, padding (0). Empty text is the start token alone."""
+    """Text -> token ids [N]: a start token, the text's pieces, padding (0). Empty text is the start token alone.
+
+    model: what train_tokenizer gave; BadInput when it is something else.
+    """
 
     def __init__(self, model, length=24):
         self.length = length
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
+            proto = model.numpy().tobytes()
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto) if proto else None
         except RuntimeError:
             raise BadInput("the vocabulary is not a sentencepiece model") from None
-        self.vocab = 2 + (self.pieces.get_piece_size() if model else 0)
+        self.vocab = 2 + (self.pieces.get_piece_size() if self.pieces else 0)
 
     def __call__(self, text):
         ids = self.pieces.encode(text)[: self.length - 1] if self.pieces else []

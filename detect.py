@@ -354,6 +354,8 @@ class SD(nn.Module):
 
     def features(self, images, padding):
         """-> contents [L,B,N,C], boxes [L,B,N,4], memory [B,S,C], position [B,S,C], padding [B,S]."""
+        # A picture that is not there is all padding; it is computed as if it had none: a softmax over no key is NaN.
+        padding = padding & ~padding.all(2).all(1)[:, None, None]                                # [B,H,W]
         feature = self.backbone[0](images, padding)                                              # [B,channels,h,w]
         padding = F.interpolate(padding[:, None].float(), feature.shape[-2:])[:, 0].bool()       # [B,h,w]
         position = sine_image(padding, self.input_proj.out_channels).flatten(1, 2)               # [B,S,C]
@@ -372,7 +374,6 @@ class SD(nn.Module):
         """A batch of collate_detection (frames as normalised floats) -> the loss and its terms for the log."""
         names = "frames", "padding", "labels", "boxes_cxcywh", "valid"
         frames, padding, labels, boxes, valid = (batch[name].flatten(0, 1) for name in names)
-        padding = padding & valid[:, None, None]     # an absent frame is all padding: a softmax over no key is NaN
         contents, predicted, memory, *_ = self.features(frames, padding)
         loss, terms = detection_loss(self.class_embed(contents), predicted, labels, boxes, valid)
         if self.dense:
@@ -536,7 +537,6 @@ class MD(nn.Module):
         return all_logits, all_boxes
 
     def forward(self, frames, padding, valid):
-        padding = padding & valid[..., None, None]   # an absent frame is all padding: a softmax over no key is NaN
         *single, memory = self.single(frames, padding)
         logits, boxes = self.temporal(*single, memory, valid)                                    # [B,T,k,.] a step
         return logits, boxes, pick(logits[-1], boxes[-1])[0]                                     # [B,T,4]

@@ -221,15 +221,11 @@ def read_checkpoint(path):
 
 
 def restore(checkpoint, device):
-    """The model of a checkpoint, in evaluation mode, and its tokenizer (None for a detector)."""
-    tokenizer = data.Tokenizer(bytes(checkpoint["tokenizer"].tolist())) if "tokenizer" in checkpoint else None
-    model = build(checkpoint["config"], len(checkpoint["categories"]), tokenizer and tokenizer.vocab)
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise BadInput(f"the checkpoint's weights do not fit its configuration: {reason}") from None
-    return model.to(device).eval(), tokenizer
+    """The model of a checkpoint, in evaluation mode."""
+    vocab = data.Tokenizer(checkpoint["tokenizer"]).vocab if "tokenizer" in checkpoint else None
+    model = build(checkpoint["config"], len(checkpoint["categories"]), vocab)
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval()
 
 
 def fingerprint(checkpoint):
@@ -303,12 +299,12 @@ VOTE = 2.0            # weight of the vote; on val lives 0.5, 1, 2, 4, 8 gave AP
 
 
 @torch.no_grad()
-def predict(model, config, categories, lives, device, every_frame=True):
-    """One box for every frame of a split, by SD, and when `model` is MD by MD and by its two controls.
+def predict(model, config, categories, lives, device, every_frame=True, controls=False):
+    """One box for every frame of a split: by SD, when `model` is MD by MD too, and with `controls` by its two controls.
 
     -> arrays over frames: clip [F], position in it [F], and for each method [F,6] = x1 y1 x2 y2 in the annotation's
     pixels, score (-1: the frame cannot be read, there is no box), class. every_frame=False takes only `frames` of each
-    clip, at even intervals, and leaves the controls out: what RICE needs to train.
+    clip, at even intervals: what RICE needs to train.
     """
     dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], False,
                                 every_frame=every_frame)
@@ -326,7 +322,7 @@ def predict(model, config, categories, lives, device, every_frame=True):
         frames = data.to_float(batch["frames"].to(device), data.IMAGENET, padding)
         real = batch["position"] >= 0
         new = {"clip": batch["clip"][:, None].expand(real.shape)[real], "position": batch["position"][real]}
-        for name, answer in answers_of(model, frames, padding & valid[..., None, None], valid, every_frame).items():
+        for name, answer in answers_of(model, frames, padding, valid, controls).items():
             box, score, category = (x.cpu()[real] for x in detect.pick(*answer))
             if not torch.isfinite(torch.cat([box, score[:, None]], 1)[batch["valid"][real]]).all():
                 raise BadInput(f"the detector's boxes of {lives.root} are not finite numbers: its weights are spoilt; "
@@ -393,8 +389,8 @@ def predicted_boxes(checkpoint, lives, folder, device, every_frame=True):
         except Exception:                             # whatever torn bytes lead to
             pass
         raise BadInput(f"{path}: not the boxes that were kept there; remove it, and they are made again")
-    model, _ = restore(checkpoint, device)
-    rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame)
+    model = restore(checkpoint, device)
+    rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame, every_frame)
     if is_first():
         with data.whole(path, f".{os.getpid()}") as part, open(part, "wb") as file:    # another run may write the same
             np.savez(file, **rows)
@@ -533,8 +529,8 @@ class Embedder:
 
     def __init__(self, checkpoint, device, model=None):
         self.config, self.device = checkpoint["config"], device
-        self.tokenizer = data.Tokenizer(bytes(checkpoint["tokenizer"].tolist()))
-        self.model = model or restore(checkpoint, device)[0]
+        self.tokenizer = data.Tokenizer(checkpoint["tokenizer"])
+        self.model = model or restore(checkpoint, device)
         self.scores = ("icl", "pmd", "fused") if hasattr(self.model, "pmd") else ("icl",)
 
     def shop(self, read, titles, ids):
@@ -1360,7 +1356,7 @@ def finder_of(path, checkpoint, detector, device):
                        "runs/tiny/md.pt")
     if found["config"]["stage"] == "rice":
         raise BadInput(f"--detector {detector}: expected a checkpoint of --stage sd or md")
-    return restore(found, device)[0], found["config"] | {"workers": 0}, found["categories"]
+    return restore(found, device), found["config"] | {"workers": 0}, found["categories"]
 
 
 @torch.no_grad()

@@ -224,14 +224,13 @@ def prepare_detector(config, lives, device, saved):
 
 def prepare_rice(config, lives, device, saved):
     """RICE on clips with their shop images, through the boxes of a detector of --detectors, the true ones or none."""
-    if saved:
-        vocabulary = bytes(saved["tokenizer"].tolist())
-    else:
+    vocabulary = saved and saved["tokenizer"]
+    if not saved:
         clips = map(lives.clip_or_none, range(0, len(lives), max(1, len(lives) // 200_000)))
         vocabulary = data.train_tokenizer(text for clip in clips if clip for text in (clip.title, clip.asr))
     tokenizer = data.Tokenizer(vocabulary)
     model = evaluation.build(vars(config), len(lives.categories), tokenizer.vocab)
-    kept = {"categories": lives.categories, "tokenizer": torch.tensor(list(vocabulary), dtype=torch.uint8)}
+    kept = {"categories": lives.categories, "tokenizer": vocabulary}
     boxes = data.true_boxes(lives) if config.boxes == "true" else None
     if config.boxes in ("sd", "md"):
         detector = finished(config, config.boxes)
@@ -670,7 +669,7 @@ def unsound(checkpoint):
         step, best = checkpoint.get("step", 0), checkpoint.get("best", 0.0)
         if not 0 <= step <= config["steps"] or not isinstance(best, (int, float)):
             return f"step: expected 0 to {config['steps']}"
-        texts = config["stage"] == "rice" and data.Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
+        texts = config["stage"] == "rice" and data.Tokenizer(checkpoint["tokenizer"])
         with torch.random.fork_rng(devices=[]), torch.device("meta"):            # shapes only: no memory, no draws
             model = evaluation.build(config, len(checkpoint["categories"]), texts and texts.vocab)
         asked = {name: value.shape for name, value in model.state_dict().items()}
