@@ -136,7 +136,7 @@ PRESETS = {
                  "vit_heads": 4, "patch": 0, "size": 96, "embedding": 256}},
 }
 # With --overfit: enough steps for a handful of clips; whatever the preset's model, it has to learn them.
-OVERFIT = {"sd": {"steps": 240, "batch": 16}, "md": {"steps": 120, "batch": 8}, "rice": {"steps": 60, "batch": 8}}
+OVERFIT = {"sd": {"steps": 200, "batch": 16}, "md": {"steps": 80, "batch": 8}, "rice": {"steps": 60, "batch": 8}}
 STAGES = ("sd", "md", "rice")
 CHOICES = {"boxes": ("md", "sd", "true", "none"), "view": ("box", "mask", "frame"), "schedule": ("drop", "cosine"),
            "precision": ("float32", "bf16"), "negatives": ("hard", "rand"), "text": ("both", "asr", "title", "none"),

@@ -1,5 +1,10 @@
 """Shared by the tests: the golden files, the backbone recipe, and once a session a tiny rendered data set and the three stages trained on it."""
+import multiprocessing.dummy
+import os
+import subprocess
 import sys
+import tempfile
+import unittest.mock
 import zlib
 from pathlib import Path
 
@@ -14,8 +19,53 @@ SMALL = ("--steps 2 --batch 4 --workers 0 --frames 4 --shortest 48,64,16 --longe
          "--decoder-layers 2 --keep 6,4,2 --train-frames 2 --per-live 4 --width 32 --layers 1 --vit-heads 2 --size 48 --embedding 16 --log-every 1").split()
 
 
+torch.set_num_threads(1)              # tensors here are tiny, and the second core is for the processes that tests start
+
+
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities of TorchVision")
+
+
+def start(*command, **more):
+    """A Python command that goes on beside the tests, on one thread a process."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                            **pipes | more)
+
+
+BESIDE = "tests/test_train.py", "tests/test_detect.py"
+
+
+def pytest_collection_modifyitems(config, items):
+    """When all tests are asked for, BESIDE, half of their time, is a pytest of its own beside the other files: there are two cores."""
+    if set(config.invocation_params.args) <= {"-q", "-v", "-x"}:
+        log = tempfile.TemporaryFile("w+")
+        config.beside = log, start("-m", "pytest", "-q", *BESIDE, stdout=log, stderr=subprocess.STDOUT)
+        items[:] = [item for item in items if f"tests/{item.path.name}" not in BESIDE]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "beside"):
+        session.exitstatus = session.exitstatus or session.config.beside[1].wait()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if hasattr(config, "beside"):
+        config.beside[0].seek(0)
+        terminalreporter.section(f"beside the others: {' '.join(BESIDE)}")
+        terminalreporter.write(config.beside[0].read())
+
+
+def threads(kind=None):
+    """Threads in place of processes, which take seconds to start: for multiprocessing.get_context."""
+    return multiprocessing.dummy
+
+
+def render(root, **numbers):
+    import data
+    with unittest.mock.patch.object(data.multiprocessing, "get_context", threads):
+        data.render(root, processes=1, progress=False, **numbers)
 
 
 def golden(name):
@@ -43,9 +93,8 @@ def recipe(body):
 @pytest.fixture(scope="session")
 def livestreams(tmp_path_factory):
     """8 training clips (2 lives of 4 products), 4 validation and 4 test clips."""
-    import data
     root = tmp_path_factory.mktemp("data") / "livestreams"
-    data.render(root, lives=2, val_lives=1, test_lives=2, products=4, clips=4, gallery=4, frames=4, size=64, processes=1, progress=False)
+    render(root, lives=2, val_lives=1, test_lives=2, products=4, clips=4, gallery=4, frames=4, size=64)
     return root
 
 

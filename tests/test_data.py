@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 import data
+from conftest import render
 from data import BadInput
 
 
@@ -19,9 +20,9 @@ def digest(root):
 
 
 def test_rendering_is_deterministic(tmp_path, livestreams):
-    same = dict(lives=2, val_lives=1, test_lives=2, products=4, clips=4, gallery=4, frames=4, size=64, progress=False)
-    data.render(tmp_path / "again", processes=2, **same)
-    data.render(tmp_path / "other", seed=1, processes=1, **same)
+    same = dict(lives=2, val_lives=1, test_lives=2, products=4, clips=4, gallery=4, frames=4, size=64)
+    data.render(tmp_path / "again", processes=2, progress=False, **same)
+    render(tmp_path / "other", seed=1, **same)
     assert digest(tmp_path / "again") == digest(livestreams)
     assert digest(tmp_path / "other").keys() != digest(livestreams).keys()
     with pytest.raises(BadInput, match="exists"):
@@ -30,7 +31,7 @@ def test_rendering_is_deterministic(tmp_path, livestreams):
 
 def test_rendered_data_fills_the_layout(tmp_path):
     root = tmp_path / "lives"
-    data.render(root, lives=2, val_lives=1, test_lives=2, products=20, clips=24, gallery=20, frames=8, size=48, processes=2, progress=False)
+    render(root, lives=2, val_lives=1, test_lives=2, products=20, clips=24, gallery=20, frames=8, size=48)
     train, val, test = (data.Lives(root, split) for split in ("train", "val", "test"))
     assert (len(train), len(val), len(test)) == (48, 20, 40)
     assert set(test.members) == {(name, value) for name, values in data.SPLITS.items() for value in values}
@@ -95,8 +96,7 @@ def test_each_difficulty_has_its_documented_share(many):
 
 
 def test_decoys_of_the_same_category_on_request(tmp_path):
-    data.render(tmp_path / "same", lives=1, val_lives=0, test_lives=2, products=8, clips=8, gallery=20, frames=4, size=32, decoys="same",
-                processes=1, progress=False)
+    render(tmp_path / "same", lives=1, val_lives=0, test_lives=2, products=8, clips=8, gallery=20, frames=4, size=32, decoys="same")
     lives = data.Lives(tmp_path / "same", "test")
     assert not lives.cases["two in view"] and len(lives) == 40
     by_live = {}

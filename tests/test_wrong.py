@@ -5,7 +5,6 @@ that looks at what a legal one gave). No row may run code of a file, leave a *.p
 """
 import io
 import json
-import multiprocessing.dummy
 import os
 import pickle
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, threads
 from PIL import Image, ImageOps
 
 import data
@@ -463,7 +462,7 @@ def test_wrong_and_odd_inputs(run_one, livestreams, tmp_path, capsys, monkeypatc
     shutil.copytree(run_one, at / "run")
     (at / "empty").mkdir()
     (at / "file").write_text("a file")
-    monkeypatch.setattr(data.multiprocessing, "get_context", lambda kind: multiprocessing.dummy)          # threads: no seconds to start
+    monkeypatch.setattr(data.multiprocessing, "get_context", threads)
     monkeypatch.setenv("PATH", os.environ["PATH"])
     monkeypatch.chdir(at)
     spoil(at)
