@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from conftest import render
+from conftest import render, threads
 from data import BadInput
 
 
@@ -399,7 +399,7 @@ def test_the_index_is_kept_and_made_again(tmp_path, livestreams):
 # ------------------------------------------------------------------ checking and converting
 
 
-def test_check_finds_everything_and_says_where(tmp_path, livestreams, capsys):
+def test_check_finds_everything_and_says_where(tmp_path, livestreams, capsys, monkeypatch):
     root = tmp_path / "lives"
     shutil.copytree(livestreams, root)
     assert data.check(root, processes=1) is False and "fit for use" in capsys.readouterr().out
@@ -419,6 +419,7 @@ def test_check_finds_everything_and_says_where(tmp_path, livestreams, capsys):
     wanted = test.clip(2).image_ids[0]
     galleries.write_text(galleries.read_text().replace(f'"{wanted}", ', "").replace(f', "{wanted}"', ""))
     (root / "annotations" / "test_scale_small.txt").write_text("nobody-1-2\n")
+    monkeypatch.setattr(data.multiprocessing, "get_context", threads)
     assert data.check(root, processes=1) is True
     said = capsys.readouterr().out
     for text in (f"{path}:2: expected 11 columns", f"{path}:3: box list", f"{path}:4: frame_id list", f"{path}:5: frame_id list: '../../../etc",
