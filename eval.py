@@ -606,13 +606,13 @@ def rank_live(embedder, lives, live, clips, sources):
 
 
 def box_sources(checkpoint, lives, folder, device, every_source):
-    """What RICE is judged through, {"true", "md", "sd" or "none" (whole frames): boxes}, and which it learnt with."""
+    """What RICE is judged through: {"true", "md", "sd": boxes}, or whole frames {"none": None}; and which it learnt with."""
     config, sources = checkpoint["config"], {}
     if config["view"] != "frame":
         found = predicted_boxes(checkpoint["detector"], lives, folder, device) if "detector" in checkpoint else {}
         sources = {"true": data.true_boxes(lives)} if lives.truth else {}
         sources |= {name: seen_through(found, name, len(lives)) for name in ("md", "sd") if name in found}
-    sources["none"] = None
+    sources = sources or {"none": None}
     main = config["boxes"] if config["boxes"] in sources else "none"
     return sources if every_source else {main: sources[main]}, main
 
@@ -1084,7 +1084,7 @@ def ranking_look(shown, lives, places):
 def clip_strip(lives, q, boxes, frames=3):
     """A few frames of clip q with the boxes that RICE saw it through."""
     clip, pictures = lives.clip(q), []
-    rows = range(boxes["start"][q], boxes["start"][q + 1]) if boxes else []
+    rows = data.boxed_rows(boxes, q) if boxes else []
     positions = [int(boxes["position"][r]) for r in rows] or list(range(len(clip.frame_ids)))
     for j in data.even_frames(len(positions), frames):
         drawn = [(boxes["box"][r, :4], COLOURS["md"]) for r in rows[j:j + 1] if boxes["box"][r, 4] >= 0]

@@ -315,6 +315,21 @@ def test_a_short_clip_is_filled_up(livestreams):
     assert not data.PairSet(lives, data.Tokenizer(data.train_tokenizer([])), 6, 32, 2, "box", boxes, False)[(0, 0)]["valid"].any()
 
 
+def test_in_evaluation_frames_with_unsure_boxes_are_left_out(livestreams):
+    lives, nothing = data.Lives(livestreams, "test"), data.Tokenizer(data.train_tokenizer([]))
+    score = np.array([0.5, 0.9, 0.9 * data.SURE + 0.01, 0.9 * data.SURE - 0.01], np.float32)
+    boxes = data.true_boxes(lives) | {"start": np.full(len(lives) + 1, 4), "position": np.arange(4)}
+    boxes["start"][0], boxes["box"] = 0, np.concatenate([np.tile([[5, 5, 40, 40]], (4, 1)), score[:, None], np.zeros((4, 1))], 1)
+    assert data.boxed_rows(boxes, 0).tolist() == [1, 2] and data.boxed_rows(boxes, 0, every=True).tolist() == [0, 1, 2, 3]
+    assert data.boxed_rows(boxes, 1).tolist() == []
+    item = data.PairSet(lives, nothing, 6, 32, 2, "box", boxes, False)[(0, 0)]
+    boxes["box"] = np.where(np.arange(6) == 4, 1.0, boxes["box"])                                # all alike: all are seen
+    every = data.PairSet(lives, nothing, 6, 32, 2, "box", boxes, False)[(0, 0)]
+    assert item["valid"].sum() == 2 and every["valid"].sum() == 4 and torch.equal(item["frames"][:2], every["frames"][1:3])
+    boxes["box"] = np.where(np.arange(6) == 4, -1.0, boxes["box"])                               # none could be read by the detector
+    assert not len(data.boxed_rows(boxes, 0)) and data.PairSet(lives, nothing, 6, 32, 2, "box", boxes, False)[(0, 0)]["valid"].sum() == 4
+
+
 def test_tokenizer_of_nothing_and_of_text():
     empty = data.Tokenizer(data.train_tokenizer([]))
     assert empty("anything").tolist() == [1] + [0] * 23 and len(data.train_tokenizer(["", ""])) == 0

@@ -58,7 +58,7 @@ def log_of(out, stage):
 def test_a_run_leaves_everything_behind(run_one):
     results = json.loads((run_one / "results.json").read_text())
     assert set(results) == {"sd", "md", "rice"}
-    assert set(results["md"]["results"]) == {"sd", "vote", "md1", "md"} and set(results["rice"]["results"]) == {"true", "md", "sd", "none"}
+    assert set(results["md"]["results"]) == {"sd", "vote", "md1", "md"} and set(results["rice"]["results"]) == {"true", "md", "sd"}
     assert set(results["md"]["results"]["md"]["class-agnostic"]) == set(evaluation.COLUMNS_1)
     assert results["md"]["counts"] == {"clips": 8, "frames": 32, "boxes": results["sd"]["counts"]["boxes"], "missing": 0}
     assert set(results["rice"]["results"]["md"]["fused"]) == {"R1", "R5", "R10"} and results["rice"]["counts"]["gallery"] == 4
