@@ -500,7 +500,7 @@ def even_frames(count, frames):
 
 
 def train_tokenizer(texts, vocab=2000):
-    """A sentencepiece model of the training texts, its bytes as a checkpoint holds them: uint8 [n], [0] without texts."""
+    """A sentencepiece model of the training texts, its bytes as a checkpoint holds them: uint8 [n]; no text: [0]."""
     texts = [t[:2000] for t in texts if t.strip()]    # a text that repeats itself takes the square of its length
     if not texts:
         return torch.zeros(0, dtype=torch.uint8)
@@ -683,8 +683,8 @@ SURE = 0.7      # on val lives 0, 0.6, 0.7, 0.8, 0.9 gave R1 by ICL of 72.4, 74.
 def boxed_rows(boxes, c, every=False):
     """Rows of `boxes` (see PairSet) through which clip c is seen.
 
-    Without `every`, as in evaluation, a frame whose box scores less than SURE times the clip's best is left out: what it
-    shows is most often another product.
+    Without `every`, as in evaluation, a frame whose box scores less than SURE times the clip's best is left out: most
+    often that box is another product's.
     """
     rows = np.arange(boxes["start"][c], boxes["start"][c + 1])
     score = boxes["box"][rows, 4]
