@@ -606,7 +606,7 @@ def rank_live(embedder, lives, live, clips, sources):
 
 
 def box_sources(checkpoint, lives, folder, device, every_source):
-    """{"true", "md", "sd": boxes} that RICE is judged through, or {"none": None}, whole frames; and what it learnt with."""
+    """{"true", "md", "sd": boxes} that RICE is judged through, or {"none": None}, whole frames; and its own source."""
     config, sources = checkpoint["config"], {}
     if config["view"] != "frame":
         found = predicted_boxes(checkpoint["detector"], lives, folder, device) if "detector" in checkpoint else {}
