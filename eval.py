@@ -390,7 +390,8 @@ def predicted_boxes(checkpoint, lives, folder, device, every_frame=True):
             pass
         raise BadInput(f"{path}: not the boxes that were kept there; remove it, and they are made again")
     model = restore(checkpoint, device)
-    rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame, every_frame)
+    rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame,
+                   controls=every_frame)
     if is_first():
         with data.whole(path, f".{os.getpid()}") as part, open(part, "wb") as file:    # another run may write the same
             np.savez(file, **rows)

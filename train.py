@@ -224,8 +224,9 @@ def prepare_detector(config, lives, device, saved):
 
 def prepare_rice(config, lives, device, saved):
     """RICE on clips with their shop images, through the boxes of a detector of --detectors, the true ones or none."""
-    vocabulary = saved and saved["tokenizer"]
-    if not saved:
+    if saved:
+        vocabulary = saved["tokenizer"]
+    else:
         clips = map(lives.clip_or_none, range(0, len(lives), max(1, len(lives) // 200_000)))
         vocabulary = data.train_tokenizer(text for clip in clips if clip for text in (clip.title, clip.asr))
     tokenizer = data.Tokenizer(vocabulary)

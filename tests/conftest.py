@@ -47,7 +47,8 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
     if hasattr(session.config, "beside"):
-        session.exitstatus = session.exitstatus or session.config.beside[1].wait()
+        beside = session.config.beside[1].wait()                         # whatever the others did, it is heard to its end
+        session.exitstatus = session.exitstatus or beside
 
 
 def pytest_terminal_summary(terminalreporter, config):

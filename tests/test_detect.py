@@ -263,7 +263,7 @@ def test_a_clip_of_one_frame_is_the_same_frame_among_absent_ones():
 def test_detectors_compile_and_export(name):
     sd = excite(small())
     frames, padding = torch.randn(2, 3, 3, 48, 80), torch.zeros(2, 3, 48, 80, dtype=torch.bool)
-    model, inputs = (sd, (frames[:, 0], padding[:, 0])) if name == "sd" else (MD(sd, (6, 4)).eval(), (frames, padding, torch.ones(2, 3, dtype=torch.bool)))
+    model, inputs = (sd, (frames[:, 0], padding[:, 0])) if name == "sd" else (MD(sd, (6, 4, 2)).eval(), (frames, padding, torch.ones(2, 3, dtype=torch.bool)))
     expected = model(*inputs)
     for made in (torch.export.export(model, inputs).module(), torch.compile(model, fullgraph=True, backend="eager")):
         torch.testing.assert_close(made(*inputs), expected)
