@@ -1159,6 +1159,18 @@ def _others(rng, product, products, decoys):
     return others, int(rng.choice(unlike)) if pair else None
 
 
+def _shop(rng, folder, products, sprites, side):
+    """The shop images of a live's products, one each, on nearly white -> {image id: title} in order of the products."""
+    titles = {}
+    for product, sprite in zip(products, sprites):
+        image_id = f"{int(rng.integers(10 ** 12)):012d}"
+        titles[image_id] = _title(rng, product)
+        picture = Image.new("RGB", (side, side), (rng.integers(235, 256),) * 3)
+        _place(picture, sprite, rng, side / 2, side / 2, side * rng.uniform(0.78, 0.9), tilt=3)
+        picture.save(folder / f"{image_id}.jpg", quality=90)
+    return titles
+
+
 def _render_live(job):
     """Render one live into the folder -> its split, its id, its clips (dicts), {image id: title of its products}.
 
@@ -1171,13 +1183,8 @@ def _render_live(job):
     products, family = _products(rng, options["categories"], count, decoys)
     sprites = [_sprite(product) for product in products]
     parts = rng.integers(0, [2 ** 32, 2 ** 16, 2 ** 16, 2 ** 16])
-    live, clips, titles = "-".join(f"{int(v):0{w}x}" for v, w in zip(parts, (8, 4, 4, 4))), [], {}
-    for product, sprite in zip(products, sprites):
-        image_id = f"{int(rng.integers(10 ** 12)):012d}"
-        titles[image_id] = _title(rng, product)
-        picture = Image.new("RGB", (side, side), (rng.integers(235, 256),) * 3)
-        _place(picture, sprite, rng, side / 2, side / 2, side * rng.uniform(0.78, 0.9), tilt=3)
-        picture.save(root / "images" / f"{image_id}.jpg", quality=90)
+    live, clips = "-".join(f"{int(v):0{w}x}" for v, w in zip(parts, (8, 4, 4, 4))), []
+    titles = _shop(rng, root / "images", products, sprites, side)
     again = max(0, options["clips"] - count) if split == "train" else 0          # some products are shown a second time
     chosen = [*rng.permutation(count), *rng.integers(0, count, again)]
     skin = _colour(0.07, rng.uniform(0.25, 0.6), rng.uniform(0.5, 0.95))

@@ -264,14 +264,15 @@ class SmallBody(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Pictures [B,3,H,W] and padding [B,H,W] -> feature map [B,channels,h,w]: "small", or a torchvision ResNet's C5.
+    """Pictures [B,3,H,W] and padding [B,H,W] -> feature map [B,channels,H/stride,W/stride], rounded up: "small", or a
+    torchvision ResNet's C5.
 
     The ResNet's batch norm is frozen, and so are its stem and first stage, as DETR has them: it needs public weights.
     """
 
     def __init__(self, name):
         super().__init__()
-        self.small = name == "small"
+        self.small, self.stride = name == "small", 8 if name == "small" else 32
         if self.small:
             self.body, self.channels = SmallBody(), SmallBody.channels
             return
@@ -321,11 +322,14 @@ class SD(nn.Module):
     backbone: "resnet50" (any torchvision ResNet), or "small" (stride 8, starts from nothing).
     dense: weight of two auxiliary losses for a detector from nothing (0: neither, nor their heads): a token inside a
     box tells the box's category; a query paints a thumbnail of its box, for MD compares what queries know of its look.
+    ValueError when the sizes do not go together.
     """
 
     def __init__(self, classes=34, queries=300, dim=256, heads=8, encoder_layers=6, decoder_layers=6, ffn=2048,
                  backbone="resnet50", dense=0.0):
         super().__init__()
+        if dim % (4 * heads):
+            raise ValueError(f"dim {dim}: expected a multiple of 4 x {heads} heads")
         self.dense = dense
         box_head = MLP(dim, dim, 4, 3)
         self.transformer = nn.ModuleDict({"encoder": Encoder(dim, heads, ffn, encoder_layers),
@@ -394,8 +398,7 @@ class SD(nn.Module):
 
     def _dense_loss(self, memory, padding, labels, boxes):
         """Cross-entropy of the category of each token in the middle 70 % of a box: memory [B,S,C] -> a number."""
-        h = round(math.sqrt(memory.shape[1] * padding.shape[1] / padding.shape[2]))
-        w = memory.shape[1] // h
+        h, w = (math.ceil(n / self.backbone[0].stride) for n in padding.shape[1:])                # S = h * w
         extent = picture_size(padding)                                                            # [B,2]
         y, x = ((torch.arange(n, device=memory.device) + 0.5) / n for n in (h, w))                # [h], [w]
         place = torch.cartesian_prod(y, x).flip(-1)                                               # [S,2] x, y

@@ -192,6 +192,26 @@ def nearest(queries, images, k, block=1024, wide=8192, group=32):
 # Fields of a configuration that a run which goes on may change: none of them changes its weights from there on.
 WEIGHTLESS = {"workers", "save_every", "log_every", "eval_every", "out", "detectors", "init"}
 
+# What fields can be that evaluation reads too; the others' rules stand in train.py.
+CHOICES = {"boxes": ("md", "sd", "true", "none"), "view": ("box", "mask", "frame"), "negatives": ("hard", "rand"),
+           "text": ("both", "asr", "title", "none"), "losses": ("icl", "icl,pmd", "icl,pmd,pfr"),
+           "backbone": ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")}
+
+
+def whole_number(value, low=1):
+    return type(value) is int and low <= value < 2 ** 31
+
+
+# What is read of a checkpoint's configuration, and whether it can be that.
+NEEDED = {name: values.__contains__ for name, values in (CHOICES | {"stage": ("sd", "md", "rice")}).items()}
+NEEDED |= {"dense": lambda value: type(value) in (int, float) and value >= 0,
+           "keep": lambda value: value and all(map(whole_number, value)),
+           "shortest": lambda value: len(value) == 3 and all(map(whole_number, value))}
+NEEDED |= dict.fromkeys(("data", "detectors"), lambda value: type(value) is str)
+NEEDED |= dict.fromkeys(("seed", "workers", "patch", "overfit"), functools.partial(whole_number, low=0))
+NEEDED |= dict.fromkeys("steps frames longest dim heads encoder_layers decoder_layers ffn queries width layers "
+                        "vit_heads size embedding n_neg rerank".split(), whole_number)
+
 
 def build(config, classes, vocab):
     """The model of a stage from its configuration (a plain dict): SD, MD or RICE."""
@@ -204,6 +224,13 @@ def build(config, classes, vocab):
     return sd if config["stage"] == "sd" else detect.MD(sd, config["keep"])
 
 
+def shapes_of(config, classes, vocab):
+    """{name: shape} of the weights that `build` makes, without memory for them and without a random draw; ValueError
+    when sizes do not go together."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return {name: value.shape for name, value in build(config, classes, vocab).state_dict().items()}
+
+
 def read_checkpoint(path):
     """What train.py saved, as plain tensors and dicts; BadInput when the file is missing or something else."""
     if not Path(path).is_file():
@@ -213,11 +240,36 @@ def read_checkpoint(path):
         missing = {"config", "model", "step", "categories"} - checkpoint.keys()
     except Exception as error:             # torch.load raises whatever the broken bytes lead it to
         raise BadInput(f"{path}: not a checkpoint of train.py ({type(error).__name__})") from None
-    import train                           # here, for train imports this file: it knows the configurations there can be
-    wrong = f"no {', '.join(sorted(missing))}" if missing else train.unsound(checkpoint)
+    wrong = f"no {', '.join(sorted(missing))}" if missing else unsound(checkpoint)
     if wrong:
         raise BadInput(f"{path}: not a checkpoint of train.py ({wrong})")
     return checkpoint
+
+
+def unsound(checkpoint):
+    """What is wrong with a checkpoint's parts, "" when nothing is: what is read of its configuration is of its kind,
+    and weights are finite, of the names and shapes that it asks for. Its detector is held against the same rules."""
+    try:
+        config, weights, step = checkpoint["config"], checkpoint["model"], checkpoint.get("step", 0)
+        json.dumps(config)                                                       # as every result holds it
+        wrong = [f"{name} {str(config[name])[:40]}" if name in config else f"no {name}"
+                 for name, fits in NEEDED.items() if not fits(config.get(name))]
+        if wrong or (config["view"] == "frame") != (config["boxes"] == "none"):
+            return f"its configuration has {', '.join(wrong) or 'boxes and a view that contradict each other'}"
+        if not all(type(raw) is int and type(name) is str for raw, name in checkpoint["categories"].items()):
+            return "categories: expected {number: name}"
+        if not 0 <= step <= config["steps"] or not isinstance(checkpoint.get("best", 0.0), (int, float)):
+            return f"step: expected 0 to {config['steps']}"
+        vocab = data.Tokenizer(checkpoint["tokenizer"]).vocab if config["stage"] == "rice" else None
+        asked = shapes_of(config, len(checkpoint["categories"]), vocab)
+        found = {name: value.shape for name, value in weights.items()}
+        wrong = [name for name in asked.keys() | found.keys() if asked.get(name) != found.get(name)]
+        wrong = wrong or [name for name, value in weights.items() if not np.isfinite(value.numpy()).all()]
+        if wrong:
+            return f"weights that do not fit its configuration or are not finite: {min(wrong)}, {len(wrong)} in all"
+        return unsound(checkpoint["detector"]) if "detector" in checkpoint else ""
+    except Exception as error:                                                   # parts of another kind raise anything
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
 def restore(checkpoint, device):
@@ -1390,17 +1442,8 @@ def recognise(path, options):
     in OUT/clips/, and OUT/answers-*.png. A run that was stopped goes on after its last line. Memory holds one clip.
     """
     checkpoint, device, source = read_checkpoint(path), pick_device(), options.live
-    config, key, rerank = checkpoint["config"], fingerprint(checkpoint), options.rerank or 0
-    if config["stage"] != "rice":
-        raise BadInput(f"--ckpt {path}: a live is recognised by a checkpoint of --stage rice, not {config['stage']}")
-    for name in ("every", "fps", "window", "top"):
-        if not 0 < getattr(options, name) < math.inf:
-            raise BadInput(f"--{name}: expected a number above 0")
-    if rerank < 0 or (options.workers or 0) < 0:
-        raise BadInput("--rerank and --workers: expected 0 or more")
-    if rerank and "pmd" not in config["losses"].split(","):
-        raise BadInput(f"--rerank: {path} has no PMD (--losses {config['losses']})")
-    config["workers"] = config["workers"] if options.workers is None else options.workers
+    key, rerank = fingerprint(checkpoint), options.rerank or 0
+    check_live_flags(path, checkpoint["config"], options)
     length, said = seconds_of(source, options.fps), read_tabbed(options.asr, "seconds", finite)
     embedder, finder = Embedder(checkpoint, device), finder_of(path, checkpoint, options.detector, device)
     shop, feature = open_shop(options.shop, dict(read_tabbed(options.titles, "image")), embedder, key)
@@ -1426,6 +1469,21 @@ def recognise(path, options):
     print(f"\n{len(answers)} clips of {options.window} frames, {len(shop.ids)} shop images; clips in a row with the "
           "same answer are one line\n")
     show_answers(answers, out, shop)
+
+
+def check_live_flags(path, config, options):
+    """BadInput when a flag of a live is out of range, or asks for what the checkpoint's `config` cannot do; --workers
+    goes into it."""
+    if config["stage"] != "rice":
+        raise BadInput(f"--ckpt {path}: a live is recognised by a checkpoint of --stage rice, not {config['stage']}")
+    for name in ("every", "fps", "window", "top"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise BadInput(f"--{name}: expected a number above 0")
+    if (options.rerank or 0) < 0 or (options.workers or 0) < 0:
+        raise BadInput("--rerank and --workers: expected 0 or more")
+    if options.rerank and "pmd" not in config["losses"].split(","):
+        raise BadInput(f"--rerank: {path} has no PMD (--losses {config['losses']})")
+    config["workers"] = config["workers"] if options.workers is None else options.workers
 
 
 def windows_of(options, said, start):

@@ -78,11 +78,16 @@ class ViT(nn.Module):
 
     images [B,3,S,S] -> embedding [B,D] (not normalised), tokens [B,1+P,W] (the last block's output, before ln_post; the
     class token first). keep [B,P]: patches that take part in attention (the `mask` view), all of them by default.
-    patch: pixels of a patch; 0 takes the patches from a stem of convolutions (16 pixels each) instead.
+    patch: pixels of a patch; 0 takes the patches from a stem of convolutions (16 pixels each) instead. ValueError when
+    the sizes do not go together.
     """
 
     def __init__(self, width=768, layers=12, heads=12, patch=32, size=224, dim=512):
         super().__init__()
+        if width % heads or width % 8:
+            raise ValueError(f"width {width}: expected a multiple of 8 and of {heads} heads")
+        if size % (patch or 16):
+            raise ValueError(f"size {size}: expected a multiple of {patch or 16} pixels, the patch")
         self.grid = size // (patch or 16)
         scale = width ** -0.5
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False) if patch else stem(width)
@@ -323,7 +328,7 @@ class RICE(nn.Module):
     """One image encoder for both views, with text, and the three losses.
 
     `loss` is what training asks for; evaluation asks encode_images and encode_clips for embeddings, whose product is
-    the ranking, and `pmd` for scores. A fourth loss is one more term of `loss`, named in train.CHOICES; logs show it.
+    the ranking, and `pmd` for scores. A fourth loss is one more term of `loss`, named in eval.CHOICES; logs show it.
     vit: arguments of ViT. vocab: size of the tokenizer. negatives: "hard" or "rand". losses: which of icl, pmd, pfr.
     """
 

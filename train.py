@@ -11,7 +11,7 @@
     A run that was stopped goes on where it stood, by the same command.
 
 The file: configuration; what differs between the stages; a step; the loop; then what a long run needs besides: stopping
-and going on, public weights, which checkpoints are sound, the command. B counts a process's samples, as in the models.
+and going on, public weights, the command. B counts a process's samples, as in the models.
 """
 import argparse
 import contextlib
@@ -27,7 +27,6 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
@@ -87,7 +86,7 @@ class Config:
     dim: int = option(256, "detectors", "channels of the transformer")
     heads: int = option(8, "detectors", "attention heads")
     encoder_layers: int = option(6, "detectors", "encoder layers")
-    decoder_layers: int = option(6, "detectors", "decoder layers")
+    decoder_layers: int = option(6, "detectors", "decoder layers, 2 or more", low=2)
     ffn: int = option(2048, "detectors", "width of the feed-forward nets")
     queries: int = option(300, "detectors", "anchor boxes")
     dense: float = option(0.0, "detectors", "weight of the losses on memory tokens and queries; 0: none, as the paper")
@@ -138,10 +137,7 @@ PRESETS = {
 # With --overfit: enough steps for a handful of clips; whatever the preset's model, it has to learn them.
 OVERFIT = {"sd": {"steps": 200, "batch": 16}, "md": {"steps": 80, "batch": 8}, "rice": {"steps": 60, "batch": 8}}
 STAGES = ("sd", "md", "rice")
-CHOICES = {"boxes": ("md", "sd", "true", "none"), "view": ("box", "mask", "frame"), "schedule": ("drop", "cosine"),
-           "precision": ("float32", "bf16"), "negatives": ("hard", "rand"), "text": ("both", "asr", "title", "none"),
-           "losses": ("icl", "icl,pmd", "icl,pmd,pfr"),
-           "backbone": ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")}
+CHOICES = evaluation.CHOICES | {"schedule": ("drop", "cosine"), "precision": ("float32", "bf16")}
 
 
 def configure(given, stage):
@@ -169,20 +165,17 @@ def configure(given, stage):
         setattr(config, name, [int(n) for n in numbers])
     checks = [(config.shortest[0] <= config.shortest[1], "--shortest: the lowest comes before the highest"),
               (config.drop <= 1, "--drop is a share, 0 to 1"),
-              (config.dim % (4 * config.heads) == 0, "--dim must be a multiple of 4 x --heads"),
-              (config.decoder_layers > 1, "--decoder-layers: expected 2 or more"),
               (given.get("view") in (None, "frame") or config.boxes != "none",
                f"--view {config.view} needs --boxes md, sd or true")]
-    if stage == "rice":
-        side = config.patch or 16
-        checks += [(config.width % config.vit_heads == 0, "--width must be a multiple of --vit-heads"),
-                   (config.width % 8 == 0, "--width must be a multiple of 8"),
-                   (config.size % side == 0, "--size must be a multiple of --patch (of 16 when that is 0)")]
     for right, text in checks:
         if not right:
             raise BadInput(text)
     if config.view == "frame" or config.boxes == "none":
         config.view, config.boxes = "frame", "none"
+    try:
+        evaluation.shapes_of(vars(config), 1, 4)
+    except ValueError as error:
+        raise BadInput(f"--{error}") from None
     return config
 
 
@@ -354,16 +347,8 @@ def train(config, rank, world, device):
         raise BadInput(f"--batch {config.batch} is that of all processes together; it must be a multiple of their "
                        f"number, {world}, times --accum {config.accum}")
     kept |= {"best": -1.0, "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}}
-    said = hold_against(config, saved, kept, path) if saved else start_from(model, config.init) if config.init else ""
-    model.to(device).train()
-    optimizer, start, log = optimizer_of(model, config), saved["step"] if saved else 0, path.with_suffix(".jsonl")
-    if saved:
-        go_on_from(saved, model, optimizer, path)
-        kept["best"] = saved.get("best", -1.0)
-    if rank == 0:
-        cut_log(log, start)
-    if rank == 0 and said:
-        print(said)
+    optimizer, start, log = begin(config, saved, model, kept, path, device, rank)
+    model.train()
     wrapped = Step(model)
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None)
@@ -400,14 +385,7 @@ def train(config, rank, world, device):
                 bar.set_postfix(shown | ({"bad": len(unread)} if unread else {}))
                 write_line(log, {"step": step + 1, "lr": config.lr * learning_rate(step, config)} | line, rank)
             if judge_it:
-                value = evaluation.validate(model, checkpoint(step + 1), config.detectors, device)
-                best, kept["best"] = kept["best"], max(kept["best"], *value.values())
-                write_line(log, {"step": step + 1} | value, rank)
-                if rank == 0:
-                    minutes = bar.format_dict["elapsed"] / 60
-                    tqdm.write(f"{config.stage}, step {step + 1} of {config.steps}, {minutes:.1f} minutes: val {value}")
-                    if kept["best"] > best:
-                        save(path.with_name(f"{config.stage}-best.pt"), checkpoint(step + 1))
+                judge(checkpoint(step + 1), model, kept, path, device, bar, rank)
             if (save_it or stop) and rank == 0:
                 save(path, checkpoint(step + 1))
             if stop:
@@ -418,6 +396,36 @@ def train(config, rank, world, device):
     if world > 1:
         dist.barrier()
     return True
+
+
+def begin(config, saved, model, kept, path, device, rank):
+    """Weights as initialised, those of --init, or those of the checkpoint that the run goes on from.
+
+    -> the optimizer, the first step, and the log, which ends there.
+    """
+    said = hold_against(config, saved, kept, path) if saved else start_from(model, config.init) if config.init else ""
+    optimizer, start = optimizer_of(model.to(device), config), saved["step"] if saved else 0
+    log = path.with_suffix(".jsonl")
+    if saved:
+        go_on_from(saved, model, optimizer, path)
+        kept["best"] = saved.get("best", -1.0)
+    if rank == 0:
+        cut_log(log, start)
+        print(said, end="\n" * bool(said))
+    return optimizer, start, log
+
+
+def judge(checkpoint, model, kept, path, device, bar, rank):
+    """A line of the log with AP50 or R1 of the val lives; the best model so far is kept in STAGE-best.pt."""
+    config, step = checkpoint["config"], checkpoint["step"]
+    value = evaluation.validate(model, checkpoint, config["detectors"], device)
+    best, kept["best"] = kept["best"], max(kept["best"], *value.values())
+    write_line(path.with_suffix(".jsonl"), {"step": step} | value, rank)
+    if rank == 0:
+        minutes = bar.format_dict["elapsed"] / 60
+        tqdm.write(f"{config['stage']}, step {step} of {config['steps']}, {minutes:.1f} minutes: val {value}")
+        if kept["best"] > best:
+            save(path.with_name(f"{path.stem}-best.pt"), checkpoint | {"best": kept["best"]})
 
 
 def report(loss, terms, norm, world):
@@ -644,46 +652,6 @@ def read_weights(path):
         raise BadInput(f"{path}: not a state dict of tensors ({type(error).__name__})") from None
 
 
-# ------------------------------------------------------------------ which checkpoints are sound
-
-# What is read of a checkpoint's configuration and has no default.
-NEEDED = ("stage data seed steps workers frames shortest longest backbone dim heads encoder_layers decoder_layers ffn "
-          "queries dense keep boxes view text width layers vit_heads patch size embedding losses n_neg negatives "
-          "rerank").split()
-
-
-def unsound(checkpoint):
-    """What is wrong with a checkpoint's parts, "" when nothing is: a configuration that `configure` allows, and finite
-    weights of the names and shapes that it asks for. A RICE's detector is held against the same rules."""
-    try:
-        config, weights = checkpoint["config"], checkpoint["model"]
-        kinds = {name: (float, int) if type(x) is float else (type(x),) for name, x in vars(Config()).items()}
-        lists = {name: ",".join(map(str, config[name])) for name in ("shortest", "keep")}
-        given = {name: value for name, value in (config | lists).items() if name in kinds}
-        wrong = [name for name in NEEDED if name not in given]
-        wrong += [name for name, value in given.items() if type(value) not in kinds[name]]
-        if wrong or config["stage"] not in STAGES:
-            return f"its configuration has no {', '.join(wrong) or 'stage'} that it can be"
-        configure(given, config["stage"])
-        if not all(type(raw) is int and type(name) is str for raw, name in checkpoint["categories"].items()):
-            return "categories: expected {number: name}"
-        step, best = checkpoint.get("step", 0), checkpoint.get("best", 0.0)
-        if not 0 <= step <= config["steps"] or not isinstance(best, (int, float)):
-            return f"step: expected 0 to {config['steps']}"
-        texts = config["stage"] == "rice" and data.Tokenizer(checkpoint["tokenizer"])
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):            # shapes only: no memory, no draws
-            model = evaluation.build(config, len(checkpoint["categories"]), texts and texts.vocab)
-        asked = {name: value.shape for name, value in model.state_dict().items()}
-        found = {name: value.shape for name, value in weights.items()}
-        wrong = [name for name in asked.keys() | found.keys() if asked.get(name) != found.get(name)]
-        wrong = wrong or [name for name, value in weights.items() if not np.isfinite(value.numpy()).all()]
-        if wrong:
-            return f"weights that do not fit its configuration or are not finite: {min(wrong)}, {len(wrong)} in all"
-        return unsound(checkpoint["detector"]) if "detector" in checkpoint else ""
-    except Exception as error:                                                   # parts of another kind raise anything
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
-
-
 # ------------------------------------------------------------------ the command
 
 
@@ -751,5 +719,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from train import main as command      # one module of this name: eval.py asks it for the rules of a checkpoint
-    command()
+    main()
