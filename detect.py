@@ -320,17 +320,18 @@ class SD(nn.Module):
     layer is the answer. There is no background class: the K scores are sigmoids of their own, all low where nothing is,
     and the focal loss copes with the many low ones.
     backbone: "resnet50" (any torchvision ResNet), or "small" (stride 8, starts from nothing).
-    dense: weight of two auxiliary losses for a detector from nothing (0: neither, nor their heads): a token inside a
-    box tells the box's category; a query paints a thumbnail of its box, for MD compares what queries know of its look.
+    Two auxiliary losses for a detector from nothing, by their weights (0: no such loss, nor its head). dense: a token
+    inside a box tells the box's category. looks: a query paints a thumbnail of its box, for MD compares what queries
+    know; with more weight it tells products of one category apart, with too much boxes suffer.
     ValueError when the sizes do not go together.
     """
 
     def __init__(self, classes=34, queries=300, dim=256, heads=8, encoder_layers=6, decoder_layers=6, ffn=2048,
-                 backbone="resnet50", dense=0.0):
+                 backbone="resnet50", dense=0.0, looks=0.0):
         super().__init__()
         if dim % (4 * heads):
             raise ValueError(f"dim {dim}: expected a multiple of 4 x {heads} heads")
-        self.dense = dense
+        self.dense, self.looks = dense, looks
         box_head = MLP(dim, dim, 4, 3)
         self.transformer = nn.ModuleDict({"encoder": Encoder(dim, heads, ffn, encoder_layers),
                                           "decoder": Decoder(dim, heads, ffn, decoder_layers, box_head)})
@@ -339,7 +340,9 @@ class SD(nn.Module):
         self.backbone = nn.ModuleList([Backbone(backbone)])
         self.input_proj = nn.Conv2d(self.backbone[0].channels, dim, 1)
         if dense:
-            self.dense_embed, self.looks_embed = nn.Linear(dim, classes), nn.Linear(dim, 3 * 3 * 3)
+            self.dense_embed = nn.Linear(dim, classes)
+        if looks:
+            self.looks_embed = nn.Linear(dim, 3 * 3 * 3)
         self.register_load_state_dict_pre_hook(_share_box_head)
         self._initialise(heads)
 
@@ -381,11 +384,12 @@ class SD(nn.Module):
         contents, predicted, memory, *_ = self.features(frames, padding)
         loss, terms = detection_loss(self.class_embed(contents), predicted, labels, boxes, valid)
         if self.dense:
-            dense = self._dense_loss(memory, padding, labels, boxes)
-            looks = self._looks_loss(contents[-1], predicted[-1], frames, padding, valid)
-            loss = loss + self.dense * (dense + looks)
-            terms |= {"dense": dense.detach(), "looks": looks.detach()}
-        return loss, terms
+            terms["dense"] = self._dense_loss(memory, padding, labels, boxes)
+            loss = loss + self.dense * terms["dense"]
+        if self.looks:
+            terms["looks"] = self._looks_loss(contents[-1], predicted[-1], frames, padding, valid)
+            loss = loss + self.looks * terms["looks"]
+        return loss, {name: value.detach() for name, value in terms.items()}
 
     def _looks_loss(self, contents, boxes, frames, padding, valid):
         """Mean squared error of a query's 3 x 3 thumbnail of its box: contents [B,N,C], boxes [B,N,4], valid [B]."""

@@ -204,8 +204,8 @@ def whole_number(value, low=1):
 
 # What is read of a checkpoint's configuration, and whether it can be that.
 NEEDED = {name: values.__contains__ for name, values in (CHOICES | {"stage": ("sd", "md", "rice")}).items()}
-NEEDED |= {"dense": lambda value: type(value) in (int, float) and value >= 0,
-           "keep": lambda value: value and all(map(whole_number, value)),
+NEEDED |= dict.fromkeys(("dense", "looks"), lambda value: type(value) in (int, float) and value >= 0)
+NEEDED |= {"keep": lambda value: value and all(map(whole_number, value)),
            "shortest": lambda value: len(value) == 3 and all(map(whole_number, value))}
 NEEDED |= dict.fromkeys(("data", "detectors"), lambda value: type(value) is str)
 NEEDED |= dict.fromkeys(("seed", "workers", "patch", "overfit"), functools.partial(whole_number, low=0))
@@ -219,7 +219,7 @@ def build(config, classes, vocab):
         vit = {name: config[name] for name in ("width", "layers", "patch", "size")}
         return rice.RICE(vit | {"heads": config["vit_heads"], "dim": config["embedding"]}, vocab,
                          config["n_neg"], config["negatives"], tuple(config["losses"].split(",")))
-    names = ("queries", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "backbone", "dense")
+    names = ("queries", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "backbone", "dense", "looks")
     sd = detect.SD(classes, **{name: config[name] for name in names})
     return sd if config["stage"] == "sd" else detect.MD(sd, config["keep"])
 

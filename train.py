@@ -89,7 +89,8 @@ class Config:
     decoder_layers: int = option(6, "detectors", "decoder layers, 2 or more", low=2)
     ffn: int = option(2048, "detectors", "width of the feed-forward nets")
     queries: int = option(300, "detectors", "anchor boxes")
-    dense: float = option(0.0, "detectors", "weight of the losses on memory tokens and queries; 0: none, as the paper")
+    dense: float = option(0.0, "detectors", "weight of the loss by which memory tokens tell the category; the paper: 0")
+    looks: float = option(0.0, "detectors", "weight of the loss by which queries paint their box; the paper: 0")
     keep: str = option("80,50,30", "detectors", "queries of a frame that each step of the TTM keeps")
 
     boxes: str = option("md", "rice", "boxes a clip is seen through: md, sd, true (the annotation's), none")
@@ -118,7 +119,8 @@ PRESETS = {
     "tiny": {
         "all": {"workers": 1, "save_every": 100, "log_every": 20, "frames": 8, "shortest": "80,96,16", "longest": 176,
                 "schedule": "cosine", "drop": 0.5, "clip_norm": 1.0, "backbone": "small", "dim": 128, "heads": 4,
-                "encoder_layers": 1, "decoder_layers": 3, "ffn": 256, "queries": 16, "dense": 1.0, "keep": "12,8,4"},
+                "encoder_layers": 1, "decoder_layers": 3, "ffn": 256, "queries": 16, "dense": 1.0, "looks": 1.0,
+                "keep": "12,8,4"},
         "sd": {"steps": 800, "batch": 32, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 50},
         "md": {"steps": 440, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
         "rice": {"steps": 350, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1,
@@ -127,7 +129,8 @@ PRESETS = {
     "small": {
         "all": {"data": "runs/livestreams-small", "schedule": "cosine", "drop": 0.5, "clip_norm": 1.0,
                 "shortest": "128,160,16", "longest": 320, "backbone": "small", "dim": 192, "heads": 6,
-                "encoder_layers": 2, "decoder_layers": 4, "ffn": 768, "queries": 25, "dense": 1.0, "keep": "15,10,5"},
+                "encoder_layers": 2, "decoder_layers": 4, "ffn": 768, "queries": 25, "dense": 1.0, "looks": 1.0,
+                "keep": "15,10,5"},
         "sd": {"steps": 10000, "batch": 64, "lr": 7e-4, "backbone_lr": 7e-4, "warmup": 300},
         "md": {"steps": 3000, "batch": 16, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 100},
         "rice": {"steps": 4000, "batch": 128, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 200, "drop": 0.1,
@@ -204,7 +207,8 @@ def prepare_detector(config, lives, device, saved):
             raise BadInput(f"{config.detectors}/sd.pt knows the categories {str(base['categories'])[:200]}, "
                            f"{config.data} has {str(lives.categories)[:200]}")
         # MD's detector is the one that SD trained, whatever the flags say.
-        for name in ("backbone", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "queries", "dense"):
+        for name in ("backbone", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "queries", "dense",
+                     "looks"):
             setattr(config, name, base["config"][name])
         kept["base"] = evaluation.fingerprint(base)
     model = evaluation.build(vars(config), len(lives.categories), None)
@@ -298,8 +302,8 @@ def forward_backward(wrapped, optimizer, batch, config, device, step):
     """The gradient of one step's batch, in --accum parts one after the other; -> loss and terms.
 
     A detector's loss is a mean over the part's boxes on all processes; times the part's share of the batch's boxes, the
-    parts add up to the loss of the batch at once (nearly, with --dense: its losses have counts of their own). ICL and
-    PMD meet only the clips of their part: another loss, the mean over smaller batches with fewer negatives.
+    parts add up to the loss of the batch at once (nearly, with --dense and --looks, which have counts of their own).
+    ICL and PMD meet only the clips of their part: another loss, the mean over smaller batches with fewer negatives.
     """
     optimizer.zero_grad()
     cuts = [len(batch["clip"]) * n // config.accum for n in range(config.accum + 1)]

@@ -152,7 +152,7 @@ def test_seqhqm_is_transvod_lite():
 
 def small(classes=5, queries=9, dense=0.5):
     torch.manual_seed(0)
-    return SD(classes, queries, 32, 4, 1, 2, 64, "small", dense)
+    return SD(classes, queries, 32, 4, 1, 2, 64, "small", dense, dense)
 
 
 def test_shapes_on_odd_sizes():

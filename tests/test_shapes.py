@@ -121,7 +121,8 @@ def clip_of_frames(B, T, H, W):
 
 def run_detectors():
     for backbone, size in (("small", (48, 80)), ("resnet18", (64, 96))):
-        sd = detect.SD(7, queries=11, dim=32, heads=2, encoder_layers=2, decoder_layers=4, ffn=24, backbone=backbone, dense=1.0 * (backbone == "small"))
+        extra = 1.0 * (backbone == "small")
+        sd = detect.SD(7, queries=11, dim=32, heads=2, encoder_layers=2, decoder_layers=4, ffn=24, backbone=backbone, dense=extra, looks=extra)
         sd.loss(clip_of_frames(5, 1, *size))[0].backward()
         md = detect.MD(sd, (9, 6, 4))
         clips = clip_of_frames(2, 3, *size)

@@ -102,7 +102,7 @@ def test_one_step_is_the_same_on_any_number_of_processes(run_one, livestreams, t
 
 
 def test_a_batch_in_parts_is_the_batch(livestreams, tmp_path):
-    given = {"data": str(livestreams), "out": str(tmp_path)} | flags_of(SMALL) | {"dense": 0.0}
+    given = {"data": str(livestreams), "out": str(tmp_path)} | flags_of(SMALL) | {"dense": 0.0, "looks": 0.0}
     gradients = []
     for accum in (1, 2, 4):
         config = train.configure(given | {"accum": accum}, "sd")
@@ -510,7 +510,7 @@ def test_the_paper_preset_is_the_supplement():
 def test_public_weights_load_by_name_and_only_the_class_head_may_differ(tmp_path):
     torch.manual_seed(0)
     make = lambda classes: evaluation.build({"stage": "sd", "queries": 5, "dim": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 2, "ffn": 16,
-                                             "backbone": "resnet18", "dense": 0.0}, classes, None)
+                                             "backbone": "resnet18", "dense": 0.0, "looks": 0.0}, classes, None)
     public, ours = make(91), make(34)
     torch.save({"model": {f"module.{k}": v for k, v in public.state_dict().items()}, "args": argparse.Namespace(lr=1)}, tmp_path / "coco.pth")
     head = ours.class_embed.weight.clone()
