@@ -87,7 +87,9 @@ def guarded(command, *arguments):
     """Run a command; what a user can mend ends in one line on stderr and status 2, Ctrl-C in one line and 130."""
     try:
         return command(*arguments)
-    except (BadInput, OSError, MemoryError) as error:
+    except (BadInput, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
+            raise
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()                                          # or the line would stand behind a bar
         # An error of a loader process comes wrapped in that process's traceback: its own message is the last line.

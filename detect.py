@@ -330,7 +330,7 @@ class SD(nn.Module):
                  backbone="resnet50", dense=0.0, looks=0.0):
         super().__init__()
         if dim % (4 * heads):
-            raise ValueError(f"dim {dim}: expected a multiple of 4 x {heads} heads")
+            raise ValueError(f"dim {dim}, heads {heads}: expected a dim that is a multiple of 4 x heads")
         self.dense, self.looks = dense, looks
         box_head = MLP(dim, dim, 4, 3)
         self.transformer = nn.ModuleDict({"encoder": Encoder(dim, heads, ffn, encoder_layers),

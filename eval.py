@@ -198,19 +198,26 @@ CHOICES = {"boxes": ("md", "sd", "true", "none"), "view": ("box", "mask", "frame
            "backbone": ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")}
 
 
-def whole_number(value, low=1):
-    return type(value) is int and low <= value < 2 ** 31
+def whole_number(value, low=1, high=2 ** 31):
+    return type(value) is int and low <= value < high
 
 
-# What is read of a checkpoint's configuration, and whether it can be that.
+def whole_numbers(value):
+    return type(value) is list and 0 < len(value) < 1000 and all(whole_number(n, high=10 ** 6) for n in value)
+
+
+# What is read of a configuration, a flag's or a checkpoint's, and whether it can be that.
 NEEDED = {name: values.__contains__ for name, values in (CHOICES | {"stage": ("sd", "md", "rice")}).items()}
-NEEDED |= dict.fromkeys(("dense", "looks"), lambda value: type(value) in (int, float) and value >= 0)
-NEEDED |= {"keep": lambda value: value and all(map(whole_number, value)),
-           "shortest": lambda value: len(value) == 3 and all(map(whole_number, value))}
 NEEDED |= dict.fromkeys(("data", "detectors"), lambda value: type(value) is str)
-NEEDED |= dict.fromkeys(("seed", "workers", "patch", "overfit"), functools.partial(whole_number, low=0))
-NEEDED |= dict.fromkeys("steps frames longest dim heads encoder_layers decoder_layers ffn queries width layers "
-                        "vit_heads size embedding n_neg rerank".split(), whole_number)
+NEEDED |= dict.fromkeys(("dense", "looks"), lambda value: type(value) in (int, float) and 0 <= value < 2 ** 31)
+NEEDED |= {"keep": whole_numbers,
+           "shortest": lambda value: whole_numbers(value) and len(value) == 3 and value[0] <= value[1]}
+NEEDED |= dict.fromkeys("steps frames longest dim heads ffn queries width vit_heads embedding n_neg rerank".split(),
+                        whole_number)
+NEEDED |= dict.fromkeys(("seed", "patch", "overfit"), functools.partial(whole_number, low=0))
+NEEDED |= dict.fromkeys(("layers", "encoder_layers"), functools.partial(whole_number, high=1000))
+NEEDED |= {"decoder_layers": functools.partial(whole_number, low=2, high=1000),
+           "workers": functools.partial(whole_number, low=0, high=1000), "size": functools.partial(whole_number, low=2)}
 
 
 def build(config, classes, vocab):
@@ -225,10 +232,11 @@ def build(config, classes, vocab):
 
 
 def shapes_of(config, classes, vocab):
-    """{name: shape} of the weights that `build` makes, without memory for them and without a random draw; ValueError
-    when sizes do not go together."""
+    """{name: (shape, type)} of the weights that `build` makes, without memory for them and without a random draw;
+    ValueError when sizes do not go together, RuntimeError when they are too large."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return {name: value.shape for name, value in build(config, classes, vocab).state_dict().items()}
+        model = build(config, classes, vocab)
+    return {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
 
 
 def read_checkpoint(path):
@@ -248,28 +256,36 @@ def read_checkpoint(path):
 
 def unsound(checkpoint):
     """What is wrong with a checkpoint's parts, "" when nothing is: what is read of its configuration is of its kind,
-    and weights are finite, of the names and shapes that it asks for. Its detector is held against the same rules."""
+    and weights are finite, of the names and shapes that it asks for. RICE's detector is held against the same rules."""
     try:
-        config, weights, step = checkpoint["config"], checkpoint["model"], checkpoint.get("step", 0)
-        json.dumps(config)                                                       # as every result holds it
-        wrong = [f"{name} {str(config[name])[:40]}" if name in config else f"no {name}"
+        config, weights, detector = checkpoint["config"], checkpoint["model"], checkpoint.get("detector")
+        json.dumps(config, ensure_ascii=False).encode()                          # as every result holds it
+        wrong = [f"{name} {ascii(config[name])[:40]}" if name in config else f"no {name}"
                  for name, fits in NEEDED.items() if not fits(config.get(name))]
+        wrong += [f"{name} {ascii(value)[:40]}" for name, value in config.items() if not str(value).isprintable()]
         if wrong or (config["view"] == "frame") != (config["boxes"] == "none"):
             return f"its configuration has {', '.join(wrong) or 'boxes and a view that contradict each other'}"
-        if not all(type(raw) is int and type(name) is str for raw, name in checkpoint["categories"].items()):
+        rice_too, categories = config["stage"] == "rice", checkpoint["categories"]
+        if not all(type(raw) is int and type(name) is str for raw, name in categories.items()):
             return "categories: expected {number: name}"
-        if not 0 <= step <= config["steps"] or not isinstance(checkpoint.get("best", 0.0), (int, float)):
+        if not categories and not rice_too:
+            return "categories: expected one or more"
+        if not whole_number(checkpoint.get("step", 0), 0) or checkpoint.get("step", 0) > config["steps"]:
             return f"step: expected 0 to {config['steps']}"
-        vocab = data.Tokenizer(checkpoint["tokenizer"]).vocab if config["stage"] == "rice" else None
-        asked = shapes_of(config, len(checkpoint["categories"]), vocab)
-        found = {name: value.shape for name, value in weights.items()}
+        if not isinstance(checkpoint.get("best", 0.0), (int, float)):
+            return "best: expected a number"
+        vocab = data.Tokenizer(checkpoint["tokenizer"]).vocab if rice_too else None
+        asked = shapes_of(config, len(categories), vocab)
+        found = {name: (value.shape, value.dtype) for name, value in weights.items()}
         wrong = [name for name in asked.keys() | found.keys() if asked.get(name) != found.get(name)]
         wrong = wrong or [name for name, value in weights.items() if not np.isfinite(value.numpy()).all()]
         if wrong:
             return f"weights that do not fit its configuration or are not finite: {min(wrong)}, {len(wrong)} in all"
-        return unsound(checkpoint["detector"]) if "detector" in checkpoint else ""
+        if detector is not None and (not rice_too or detector["config"]["stage"] not in ("sd", "md")):
+            return "detector: expected one of stage sd or md, in a checkpoint of stage rice"
+        return unsound(detector) if detector is not None else ""
     except Exception as error:                                                   # parts of another kind raise anything
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+        return f"{type(error).__name__}: {(ascii(str(error)).strip(chr(39)).splitlines() or [''])[-1][:200]}"
 
 
 def restore(checkpoint, device):
@@ -612,6 +628,8 @@ class Embedder:
                 pixels = data.to_float(batch["image"], data.CLIP)
                 row = self.model.encode_images(pixels, batch["title"])[:2 if tokens else 1]
                 seen = torch.tensor([not bad for bad in batch["bad"]], device=self.device)
+            if not row[0].isfinite().all():
+                raise BadInput("embeddings are not finite numbers: the weights of RICE are spoilt; train it anew")
             rows.append((*row, seen))
         return [torch.cat(column) for column in zip(*rows)]
 
@@ -665,8 +683,11 @@ def box_sources(checkpoint, lives, folder, device, every_source):
         found = predicted_boxes(checkpoint["detector"], lives, folder, device) if "detector" in checkpoint else {}
         sources = {"true": data.true_boxes(lives)} if lives.truth else {}
         sources |= {name: seen_through(found, name, len(lives)) for name in ("md", "sd") if name in found}
+    main = config["boxes"] if sources else "none"
     sources = sources or {"none": None}
-    main = config["boxes"] if config["boxes"] in sources else "none"
+    if main not in sources:
+        raise BadInput(f"{lives.root}: RICE was trained on {SOURCES[main]}, which neither this data nor a detector in "
+                       "its checkpoint gives")
     return sources if every_source else {main: sources[main]}, main
 
 
@@ -1405,8 +1426,7 @@ def finder_of(path, checkpoint, detector, device):
         return None
     found = read_checkpoint(detector) if detector else checkpoint.get("detector")
     if not found:
-        raise BadInput(f"{path} was trained on true boxes and holds no detector: name one with --detector "
-                       "runs/tiny/md.pt")
+        raise BadInput(f"{path} holds no detector: name one with --detector runs/tiny/md.pt")
     if found["config"]["stage"] == "rice":
         raise BadInput(f"--detector {detector}: expected a checkpoint of --stage sd or md")
     return restore(found, device), found["config"] | {"workers": 0}, found["categories"]

@@ -85,9 +85,10 @@ class ViT(nn.Module):
     def __init__(self, width=768, layers=12, heads=12, patch=32, size=224, dim=512):
         super().__init__()
         if width % heads or width % 8:
-            raise ValueError(f"width {width}: expected a multiple of 8 and of {heads} heads")
+            raise ValueError(f"width {width}, heads {heads}: expected a width that is a multiple of 8 and of the heads")
         if size % (patch or 16):
-            raise ValueError(f"size {size}: expected a multiple of {patch or 16} pixels, the patch")
+            raise ValueError(f"size {size}, patch {patch}: expected a size that is a multiple of the patch, of 16 when "
+                             "that is 0")
         self.grid = size // (patch or 16)
         scale = width ** -0.5
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False) if patch else stem(width)

@@ -140,6 +140,7 @@ PRESETS = {
 # With --overfit: enough steps for a handful of clips; whatever the preset's model, it has to learn them.
 OVERFIT = {"sd": {"steps": 200, "batch": 16}, "md": {"steps": 80, "batch": 8}, "rice": {"steps": 60, "batch": 8}}
 STAGES = ("sd", "md", "rice")
+OF_SD = ("backbone", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "queries", "dense", "looks")
 CHOICES = evaluation.CHOICES | {"schedule": ("drop", "cosine"), "precision": ("float32", "bf16")}
 
 
@@ -175,10 +176,15 @@ def configure(given, stage):
             raise BadInput(text)
     if config.view == "frame" or config.boxes == "none":
         config.view, config.boxes = "frame", "none"
+    for name, fits in evaluation.NEEDED.items():
+        if name != "steps" and not fits(getattr(config, name)):
+            raise BadInput(f"{flag(name)} {str(getattr(config, name))[:60]}: out of its range")
     try:
         evaluation.shapes_of(vars(config), 1, 4)
     except ValueError as error:
         raise BadInput(f"--{error}") from None
+    except RuntimeError as error:
+        raise BadInput(f"--dim, --width, --size ...: too large for any memory: {str(error).splitlines()[0]}") from None
     return config
 
 
@@ -207,8 +213,7 @@ def prepare_detector(config, lives, device, saved):
             raise BadInput(f"{config.detectors}/sd.pt knows the categories {str(base['categories'])[:200]}, "
                            f"{config.data} has {str(lives.categories)[:200]}")
         # MD's detector is the one that SD trained, whatever the flags say.
-        for name in ("backbone", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "queries", "dense",
-                     "looks"):
+        for name in OF_SD:
             setattr(config, name, base["config"][name])
         kept["base"] = evaluation.fingerprint(base)
     model = evaluation.build(vars(config), len(lives.categories), None)
@@ -551,10 +556,11 @@ def complete(config, saved, path):
 
 
 def differences(config, saved, harmless=False):
-    """What the user changed since the checkpoint was made, as text; steps counted from epochs do not differ.
-    harmless: of the fields that change no weight (eval.WEIGHTLESS), instead of those that do."""
+    """What the user changed since the checkpoint was made, as text; steps counted from epochs do not differ, nor does
+    what MD takes from SD. harmless: of the fields that change no weight (eval.WEIGHTLESS), instead of those that do."""
     now, free = vars(config), evaluation.WEIGHTLESS
-    counted = free if harmless else now.keys() - free - ({"steps"} if not now["steps"] else set())
+    settled = set(OF_SD if config.stage == "md" else ()) | set(() if now["steps"] else ("steps",))
+    counted = free if harmless else now.keys() - free - settled
     return [f"{name}: {saved.get(name)} there, {now[name]} here" for name in now
             if name in counted and now[name] != saved.get(name)]
 
@@ -576,8 +582,11 @@ def go_on_from(saved, model, optimizer, path):
     try:
         optimizer.load_state_dict({"state": saved["optimizer"]["state"],
                                    "param_groups": optimizer.state_dict()["param_groups"]})
-        fits = all(state[name].shape == parameter.shape
-                   for parameter, state in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq"))
+        fits = saved["step"] == 0 or len(optimizer.state) > 0
+        for parameter, state in optimizer.state.items():
+            first, second = state["exp_avg"], state["exp_avg_sq"]
+            fits &= first.shape == second.shape == parameter.shape and float(state["step"]) >= 0
+            fits &= bool(first.isfinite().all() and second.isfinite().all() and (second >= 0).all())
     except Exception:                                                            # whatever its bytes lead to
         fits = False
     if not fits:
