@@ -264,8 +264,8 @@ class SmallBody(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Pictures [B,3,H,W] and padding [B,H,W] -> feature map [B,channels,H/stride,W/stride], rounded up: "small", or a
-    torchvision ResNet's C5.
+    """Pictures [B,3,H,W] and padding [B,H,W] -> feature map [B,channels,H/stride,W/stride], rounded up: "small" (H and
+    W multiples of 4), or a torchvision ResNet's C5.
 
     The ResNet's batch norm is frozen, and so are its stem and first stage, as DETR has them: it needs public weights.
     """

@@ -192,6 +192,9 @@ def nearest(queries, images, k, block=1024, wide=8192, group=32):
 # Fields of a configuration that a run which goes on may change: none of them changes its weights from there on.
 WEIGHTLESS = {"workers", "save_every", "log_every", "eval_every", "out", "detectors", "init"}
 
+STAGES = ("sd", "md", "rice")
+# The fields that shape SD; MD takes them from the SD that it is built on.
+OF_SD = ("queries", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "backbone", "dense", "looks")
 # What fields can be that evaluation reads too; the others' rules stand in train.py.
 CHOICES = {"boxes": ("md", "sd", "true", "none"), "view": ("box", "mask", "frame"), "negatives": ("hard", "rand"),
            "text": ("both", "asr", "title", "none"), "losses": ("icl", "icl,pmd", "icl,pmd,pfr"),
@@ -199,15 +202,17 @@ CHOICES = {"boxes": ("md", "sd", "true", "none"), "view": ("box", "mask", "frame
 
 
 def whole_number(value, low=1, high=2 ** 31):
+    """Whether a value is a whole number from low to below high."""
     return type(value) is int and low <= value < high
 
 
 def whole_numbers(value):
+    """Whether a value is a list of whole numbers from 1, neither long nor large."""
     return type(value) is list and 0 < len(value) < 1000 and all(whole_number(n, high=10 ** 6) for n in value)
 
 
 # What is read of a configuration, a flag's or a checkpoint's, and whether it can be that.
-NEEDED = {name: values.__contains__ for name, values in (CHOICES | {"stage": ("sd", "md", "rice")}).items()}
+NEEDED = {name: values.__contains__ for name, values in (CHOICES | {"stage": STAGES}).items()}
 NEEDED |= dict.fromkeys(("data", "detectors"), lambda value: type(value) is str)
 NEEDED |= dict.fromkeys(("dense", "looks"), lambda value: type(value) in (int, float) and 0 <= value < 2 ** 31)
 NEEDED |= {"keep": whole_numbers,
@@ -226,8 +231,7 @@ def build(config, classes, vocab):
         vit = {name: config[name] for name in ("width", "layers", "patch", "size")}
         return rice.RICE(vit | {"heads": config["vit_heads"], "dim": config["embedding"]}, vocab,
                          config["n_neg"], config["negatives"], tuple(config["losses"].split(",")))
-    names = ("queries", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "backbone", "dense", "looks")
-    sd = detect.SD(classes, **{name: config[name] for name in names})
+    sd = detect.SD(classes, **{name: config[name] for name in OF_SD})
     return sd if config["stage"] == "sd" else detect.MD(sd, config["keep"])
 
 
@@ -285,7 +289,7 @@ def unsound(checkpoint):
             return "detector: expected one of stage sd or md, in a checkpoint of stage rice"
         return unsound(detector) if detector is not None else ""
     except Exception as error:                                                   # parts of another kind raise anything
-        return f"{type(error).__name__}: {(ascii(str(error)).strip(chr(39)).splitlines() or [''])[-1][:200]}"
+        return f"{type(error).__name__}: {ascii(str(error))[:200]}"
 
 
 def restore(checkpoint, device):

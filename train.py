@@ -139,8 +139,7 @@ PRESETS = {
 }
 # With --overfit: enough steps for a handful of clips; whatever the preset's model, it has to learn them.
 OVERFIT = {"sd": {"steps": 200, "batch": 16}, "md": {"steps": 80, "batch": 8}, "rice": {"steps": 60, "batch": 8}}
-STAGES = ("sd", "md", "rice")
-OF_SD = ("backbone", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "queries", "dense", "looks")
+STAGES = evaluation.STAGES
 CHOICES = evaluation.CHOICES | {"schedule": ("drop", "cosine"), "precision": ("float32", "bf16")}
 
 
@@ -213,7 +212,7 @@ def prepare_detector(config, lives, device, saved):
             raise BadInput(f"{config.detectors}/sd.pt knows the categories {str(base['categories'])[:200]}, "
                            f"{config.data} has {str(lives.categories)[:200]}")
         # MD's detector is the one that SD trained, whatever the flags say.
-        for name in OF_SD:
+        for name in evaluation.OF_SD:
             setattr(config, name, base["config"][name])
         kept["base"] = evaluation.fingerprint(base)
     model = evaluation.build(vars(config), len(lives.categories), None)
@@ -559,7 +558,7 @@ def differences(config, saved, harmless=False):
     """What the user changed since the checkpoint was made, as text; steps counted from epochs do not differ, nor does
     what MD takes from SD. harmless: of the fields that change no weight (eval.WEIGHTLESS), instead of those that do."""
     now, free = vars(config), evaluation.WEIGHTLESS
-    settled = set(OF_SD if config.stage == "md" else ()) | set(() if now["steps"] else ("steps",))
+    settled = set(evaluation.OF_SD if config.stage == "md" else ()) | set(() if now["steps"] else ("steps",))
     counted = free if harmless else now.keys() - free - settled
     return [f"{name}: {saved.get(name)} there, {now[name]} here" for name in now
             if name in counted and now[name] != saved.get(name)]
@@ -582,7 +581,7 @@ def go_on_from(saved, model, optimizer, path):
     try:
         optimizer.load_state_dict({"state": saved["optimizer"]["state"],
                                    "param_groups": optimizer.state_dict()["param_groups"]})
-        fits = saved["step"] == 0 or len(optimizer.state) > 0
+        fits = len(optimizer.state) > 0
         for parameter, state in optimizer.state.items():
             first, second = state["exp_avg"], state["exp_avg_sq"]
             fits &= first.shape == second.shape == parameter.shape and float(state["step"]) >= 0
