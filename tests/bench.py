@@ -188,7 +188,10 @@ def photos(times):
 
 
 def jpeg(times):
-    """A file as a sample of a detector: found in its folder, checked, decoded, resized, padded into its batch."""
+    """A file as a sample of a detector: found in its folder, checked, decoded, resized, padded into its batch of 8.
+
+    As in a loader, no batch is kept when the next one is made; nor does the work beside it keep its pictures.
+    """
     import torch
     import data
     torch.set_num_threads(1)
@@ -199,7 +202,11 @@ def jpeg(times):
     samples.shortest, samples.longest, samples.seed = (480, 480, 1), 1333, 0
     clips = [data.Clip(f"live-0-{n}", [name], None, [], "", "") for n, name in enumerate(names)]
     samples._find = lambda i: (i, clips[i], [0])
-    return lambda: [data.collate_detection([samples[0, i] for i in range(low, low + 8)]) for low in range(0, len(names), 8)]
+
+    def turn():
+        for low in range(0, len(names), 8):
+            data.collate_detection([samples[0, i] for i in range(low, low + 8)])
+    return turn
 
 
 def decode_alone(times):
@@ -209,7 +216,11 @@ def decode_alone(times):
     torch.set_num_threads(1)
     folder, names = photos(times)
     read, decode = torchvision.io.read_file, torchvision.io.decode_jpeg
-    return lambda: [TF.resize(decode(read(f"{folder}/frames/{name}.jpg")), (480, 853), antialias=True) for name in names]
+
+    def turn():
+        for name in names:
+            TF.resize(decode(read(f"{folder}/frames/{name}.jpg")), (480, 853), antialias=True)
+    return turn
 
 
 def rice_model():
