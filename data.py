@@ -23,7 +23,7 @@
     video_id = live_id-start_ms-end_ms,  frame_id = video_id-index.  A live id may hold hyphens itself.
 
 Data flow:  Lives (rows of text) -> Clip (ids, boxes, texts) -> DetectionSet or PairSet (tensors of one sample)
-            -> batches (collate_detection pads) by StepSampler, in an order that is a function of (seed, step) alone.
+            -> batches (collate_detection pads) by step_batches, in an order that is a function of (seed, step) alone.
 
 Items:  asked for by (epoch, i), augmented as a function of (seed, epoch, i) alone; a dict of `clip` (of clips), its
         number in the split, `bad`, what could not be read ("": nothing), and what its set's docstring lists. A training
@@ -34,6 +34,7 @@ N tokens of a text. Another dataset is one more converter that writes this layou
 """
 import argparse
 import ast
+import colorsys
 import contextlib
 import functools
 import hashlib
@@ -60,6 +61,7 @@ import torch
 import torchvision.io
 from PIL import Image, ImageDraw, ImageFilter
 from torch.utils.data import Dataset
+from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -248,11 +250,10 @@ def _index(path, complain=None):
             if raw and int(raw) not in categories:
                 categories[int(raw)] = columns[6].decode(errors="replace")
     rows = np.frombuffer(packed, ROW)
-    with contextlib.suppress(OSError):                                # a folder that is not ours to write to
-        if not complain:
-            with whole(kept, f".{os.getpid()}") as part, open(part, "wb") as file:
-                names = np.array(list(categories.values()), str)
-                np.savez(file, stamp=stamp, rows=rows, ids=list(categories), names=names)
+    if not complain:                                                  # the folder may not be ours to write to
+        with contextlib.suppress(OSError), whole(kept, f".{os.getpid()}") as part, open(part, "wb") as file:
+            names = np.array(list(categories.values()), str)
+            np.savez(file, stamp=stamp, rows=rows, ids=list(categories), names=names)
     return rows, categories
 
 
@@ -278,7 +279,7 @@ class Lives:
     def pictures(cls, root):
         """A folder of which only the pictures are wanted, whatever its annotations."""
         lives = cls.__new__(cls)
-        lives.root, lives.titles = Path(root), {}
+        lives.root = Path(root)
         return lives
 
     def __len__(self):
@@ -382,12 +383,11 @@ class Lives:
             return self._training_clip(i)
         video_id = self.video_ids[i]
         frame_ids, images = self.frames[video_id], self.positives.get(video_id, [])
-        boxes = None
-        if self.truth:
-            boxes = [_boxes(self.truth[f], -1, f"{self.root}: true boxes of {f}")[0] for f in frame_ids]
+        given = [_boxes(self.truth[f], -1, f"{self.root}: true boxes of {f}") for f in frame_ids if self.truth]
+        boxes, dropped = [kept for kept, _ in given] if self.truth else None, sum(dropped for _, dropped in given)
         kinds = [str(self.kinds.get(f, "")) for f in frame_ids] if self.kinds else None
         return Clip(video_id, frame_ids, boxes, images, self.titles.get(images[0], "") if images else "",
-                    self.asr.get(video_id, ""), kinds)
+                    self.asr.get(video_id, ""), kinds, dropped=dropped)
 
     def _training_clip(self, i):
         where = self.where(i)
@@ -425,13 +425,9 @@ class Lives:
         with contextlib.suppress(BadInput):
             return self.clip(i)
 
-    def read(self, folder, name):
-        """Picture `name` of frames/ or images/, uint8 [3,H,W] upright; BadInput when missing, broken or too large."""
-        return read_picture(self._path(folder, name))
-
     def image(self, name):
-        """Shop image `name` uint8 [3,H,W]."""
-        return self.read("images", name)
+        """Shop image `name`, uint8 [3,H,W] upright; BadInput when missing, broken or too large."""
+        return read_picture(self._path("images", name))
 
     def frame(self, name):
         """Frame `name` uint8 [3,H,W], and the (width, height) its boxes are given in: of its side file or its own."""
@@ -554,10 +550,8 @@ class DetectionSet(Dataset):
         self.lives, self.categories, self.frames = lives, {c: k for k, c in enumerate(categories)}, frames
         self.shortest, self.longest, self.train, self.seed = shortest, longest, train, seed
         self.augment = train and augment
-        if train:                                                                    # items of each clip
-            self.parts = lives.frame_counts if frames == 1 else np.minimum(lives.frame_counts, 1)
-        else:
-            self.parts = -(-lives.lengths // frames) if every_frame else np.minimum(lives.lengths, 1)
+        counts, every = (lives.frame_counts, frames == 1) if train else (lives.lengths, every_frame)
+        self.parts = -(-counts // frames) if every else np.minimum(counts, 1)                   # items of each clip
         self.ends = np.cumsum(self.parts)
         if train and not len(self):
             raise BadInput(f"{lives.root}: no training clip has boxes, so no detector can be trained on it; "
@@ -571,8 +565,6 @@ class DetectionSet(Dataset):
         c = int(np.searchsorted(self.ends, i, side="right"))
         clip, part, parts = self.lives.clip(c), i - int(self.ends[c] - self.parts[c]), int(self.parts[c])
         count = len(clip.frame_ids)
-        if self.train and self.frames == 1:
-            return c, clip, [part]
         return c, clip, list(range(part, count, parts)) if parts > 1 else even_frames(count, self.frames)
 
     def __getitem__(self, key):
@@ -616,8 +608,7 @@ class DetectionSet(Dataset):
             raise BadInput(f"{self.lives.root}: a training box has the category {unknown[0]} (-1: none given), "
                            f"expected one of column 6: {list(self.categories)[:40]}")
         labels = np.array([self.categories[int(c)] for c in rows[:, 4]], np.int64)
-        boxes = np.concatenate([(xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]], 1)
-        return torch.from_numpy(boxes[kept]), torch.from_numpy(labels[kept])
+        return box_convert(torch.from_numpy(xyxy[kept]), "xyxy", "cxcywh"), torch.from_numpy(labels[kept])
 
 
 def collate_detection(items, multiple=16):
@@ -690,7 +681,7 @@ def boxed_rows(boxes, c, every=False):
     """
     rows = np.arange(boxes["start"][c], boxes["start"][c + 1])
     score = boxes["box"][rows, 4]
-    return rows if every or not len(rows) else rows[score >= SURE * max(score.max(), 0)]
+    return rows if every else rows[score >= SURE * score.max(initial=0)]
 
 
 def square_view(image, box_xyxy, side, margin=1.15):
@@ -825,11 +816,6 @@ class ImageSet(Dataset):
 # ------------------------------------------------------------------ order
 
 
-def shuffled(count):
-    """Order of one epoch: a permutation of the samples."""
-    return lambda rng: rng.permutation(count)
-
-
 def live_by_live(live_ids, per_live):
     """Order of one epoch for RICE: groups of `per_live` clips of one live, so that a batch holds its own negatives."""
     lives = {}
@@ -837,45 +823,29 @@ def live_by_live(live_ids, per_live):
         lives.setdefault(int(live), []).append(i)
 
     def order(rng):
-        groups = []
-        for members in lives.values():
-            members = rng.permutation(members)
-            groups += [members[k:k + per_live] for k in range(0, len(members), per_live)]
+        mixed = [rng.permutation(members) for members in lives.values()]
+        groups = [members[k:k + per_live] for members in mixed for k in range(0, len(members), per_live)]
         return np.concatenate([groups[g] for g in rng.permutation(len(groups))])
     return order
 
 
-class StepSampler:
+def step_batches(order, batch, steps, start=0, seed=0, rank=0, world=1):
     """Batches of (epoch, i) from step `start` to `steps`, a function of (seed, step): a resumed run goes on mid-epoch.
 
     order(rng) -> the samples of one epoch. `batch` counts samples over all processes; this rank gets its share of each.
     """
-
-    def __init__(self, order, batch, steps, start=0, seed=0, rank=0, world=1):
-        self.order, self.batch, self.steps, self.start, self.seed = order, batch, steps, start, seed
-        self.rank, self.share = rank, batch // world
-
-    def __len__(self):
-        return self.steps - self.start
-
-    def __iter__(self):
-        epoch, order = 0, self.order(np.random.default_rng((self.seed, 0)))
-        for step in range(self.start, self.steps):
-            mine, first = [], step * self.batch + self.rank * self.share
-            for place in range(first, first + self.share):
-                if place // len(order) != epoch:
-                    epoch = place // len(order)
-                    order = self.order(np.random.default_rng((self.seed, epoch)))
-                mine.append((epoch, int(order[place % len(order)])))
-            yield mine
+    order_of = functools.lru_cache(1)(lambda epoch: order(np.random.default_rng((seed, epoch))))
+    count, share = len(order_of(0)), batch // world
+    for step in range(start, steps):
+        first = step * batch + rank * share
+        places = (divmod(place, count) for place in range(first, first + share))
+        yield [(epoch, int(order_of(epoch)[at])) for epoch, at in places]
 
 
-class ShardSampler(list):
+def shard_batches(numbers, batch, rank=0, world=1):
     """Evaluation: each of `numbers` once over all processes, no padding and nothing left out, `batch` at a time."""
-
-    def __init__(self, numbers, batch, rank=0, world=1):
-        mine = numbers[rank::world]
-        super().__init__([(0, i) for i in mine[k:k + batch]] for k in range(0, len(mine), batch))
+    mine = [(0, i) for i in numbers[rank::world]]
+    return [mine[k:k + batch] for k in range(0, len(mine), batch)]
 
 
 # ------------------------------------------------------------------ a room of its own: rendered livestreams
@@ -888,12 +858,12 @@ class ShardSampler(list):
 # clips only from these: a vote on the category tells nothing there. All that could tell the intended product from a
 # decoy (side, size, order of drawing) is drawn from one law for both, so that only time and words give it away.
 
-KINDS = {           # share of the frames that show the product, by the number of products in the live's picture
+KINDS = {           # share of the frames that show the product, CLEAR's left out, by the number of products in view
     "few": {"held": 0.40, "two held": 0.22, "lifted": 0.06, "table": 0.16, "occluded": 0.16},
     "medium": {"held": 0.31, "two held": 0.27, "lifted": 0.10, "table": 0.20, "occluded": 0.12},
     "abundant": {"held": 0.22, "two held": 0.32, "lifted": 0.14, "table": 0.24, "occluded": 0.08}}
 SHOWN = (*KINDS["few"], "pair")
-ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}   # frames of 8 that do not show it, out of sight -> share of clips
+ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}   # frames of 8 without it (but perhaps on the shelf) -> share of clips
 CLEAR = {"short": 1, "medium": 2, "long": 2}    # frames at least in which it is held alone, by visible duration
 INSTEAD = 0.4           # share of the frames without it in which another product is lifted
 SIMILAR = 0.25          # share of clips, where there are three such, whose decoys are all of the product's own category
@@ -903,7 +873,6 @@ SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                   
 LOOKALIKE = 0.3         # share of products that copy another of their live but for one detail (logo, or pattern)
 BLUR = 0.15             # share of frames with motion blur
 WRONG_WORDS = 0.10      # share of ASR words misheard (the paper measured 90.16 % right)
-QUICKSTART = ("trousers", "hat", "sneaker", "handbag", "suitcase", "bottle", "umbrella", "plate")
 
 # A category is drawn from a few shapes in percent of a square: E ellipse, R rounded box, P polygon, C pie, L line and
 # A arc (last number: width), each in colour 0 (the product's main one, with its pattern), 1 (second) or 2 (dark).
@@ -952,8 +921,7 @@ CHATTER = ("hello everybody welcome to my live|look at this|it feels so good|the
 
 def _colour(hue, saturation, value):
     """Hue, saturation and value in 0..1 -> (red, green, blue) in 0..255."""
-    away = [(n + hue * 6) % 6 for n in (5, 3, 1)]
-    return tuple(int(255 * (value - value * saturation * max(0, min(1, x, 4 - x)))) for x in away)
+    return tuple(int(255 * light) for light in colorsys.hsv_to_rgb(hue, saturation, value))
 
 
 def _shapes(code, side):
@@ -996,7 +964,7 @@ def _lookalike(rng, product):
 
 def _products(rng, categories, count, decoys):
     """The products of a live, no two alike, and of each the number of the product that its copies began with."""
-    names = [*QUICKSTART, *(name for name in CATEGORIES if name not in QUICKSTART)][:categories]
+    names = list(CATEGORIES)[:categories]
     if decoys == "same":                              # few categories in equal parts, so that each has decoys
         names = [str(name) for name in rng.permutation(names)[:max(1, min(4, count // 4))]]
         of = [names[p % len(names)] for p in range(count)]
@@ -1227,8 +1195,8 @@ NUMBERS = {                # of a rendering: default, least, most, meaning
     "gallery": (50, 4, 1_000_000, "products (and clips) of a val or test live"),
     "frames": (8, 4, 9999, "frames of a clip, one a second"),
     "size": (96, 32, 4096, "side of a frame in pixels"),
-    "categories": (len(QUICKSTART), 1, len(CATEGORIES),
-                   f"how many of the {len(CATEGORIES)} categories; the first 8 are {', '.join(QUICKSTART)}")}
+    "categories": (8, 1, len(CATEGORIES),
+                   f"how many of the {len(CATEGORIES)} categories; the first 8 are {', '.join([*CATEGORIES][:8])}")}
 
 
 def render(root, decoys="natural", processes=None, progress=True, **numbers):
@@ -1259,7 +1227,7 @@ def render(root, decoys="natural", processes=None, progress=True, **numbers):
         for split, *live in tqdm(rendered, f"render {root}", len(jobs), unit="live", disable=not progress):
             done[split].append(live)
     for split, lives in done.items():
-        _write_texts(work / "annotations", _annotations(split, lives) if lives else {})
+        write_texts(work / "annotations", _annotations(split, lives) if lives else {})
     work.rename(root)
 
 
@@ -1287,7 +1255,7 @@ def _annotations(split, lives):
     return {f"{split}_{name}": text for name, text in files.items()}
 
 
-def _write_texts(folder, texts):
+def write_texts(folder, texts):
     """{file name: text} -> the files."""
     for name, text in texts.items():
         with whole(folder / name) as part:
@@ -1309,7 +1277,7 @@ def check(root, processes=None):
         for split in splits:
             _add(found, "files", [], 1)
             try:
-                lives = Lives(root, split, lambda text: _add(found, "rows", [text]))
+                lives = Lives(root, split, lambda text: _add(found, "rows", [text], 1))
             except BadInput as error:
                 _add(found, "files", [str(error)])
                 continue
@@ -1504,7 +1472,7 @@ def movingfashion(source, root, processes=None):
         elif count:
             frame_ids = json.dumps([f"{video_id}-{t:04d}" for t in range(count)])
             rows.append("\t".join([video_id, frame_ids, "[]", image_id, *[""] * 7]) + "\n")
-    _write_texts(root / "annotations", {
+    write_texts(root / "annotations", {
         "training_videoinfo_movingfashion.txt": "".join(rows),
         "test_videoid_asr_movingfashion.txt": "".join(f"{video_id}\t\n" for video_id in test),
         "test_videoid_to_gtimage_movingfashion.json": json.dumps(test),

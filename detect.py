@@ -11,6 +11,7 @@ H W pixels, h w feature map, S = h*w memory tokens, M boxes of a frame, G groups
 tokens that ask and R that are asked, E their width. Boxes are (cx, cy, w, h) in 0..1 of the picture without padding.
 Masks called `padding` and `absent` are True where nothing is; `valid`, `here`, `allowed` where something is.
 """
+import itertools
 import math
 
 import numpy as np
@@ -19,7 +20,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d, box_convert, roi_align, sigmoid_focal_loss
 
 # ------------------------------------------------------------------ positions
@@ -125,8 +125,8 @@ class Encoder(nn.Module):
 class DecoderLayer(nn.Module):
     """Queries attend to each other, then to the memory by content beside position, then a feed-forward net; post-norm.
 
-    In cross-attention only the first layer adds the anchor's position to the content too, which is the same for all
-    queries there (parity: DAB-DETR); self-attention adds it in every layer.
+    In cross-attention only the first layer, where all queries have the same content, adds the anchor's position to it
+    too, as DAB-DETR does; self-attention adds it in every layer.
     """
 
     def __init__(self, dim, heads, ffn, first):
@@ -276,9 +276,8 @@ class Backbone(nn.Module):
         if self.small:
             self.body, self.channels = SmallBody(), SmallBody.channels
             return
-        resnet = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d)
-        self.channels = resnet.fc.in_features
-        self.body = IntermediateLayerGetter(resnet, {"layer4": "0"})
+        self.body = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d)
+        self.channels, self.body.fc = self.body.fc.in_features, nn.Identity()
         for part in (self.body.conv1, self.body.layer1):
             part.requires_grad_(False)
 
@@ -287,9 +286,8 @@ class Backbone(nn.Module):
             return self.body(images, padding)                                                    # [B,channels,h,w]
         x = images.contiguous(memory_format=torch.channels_last)                                 # [B,3,H,W]
         x = F.max_pool2d(F.relu_(conv_norm(x, self.body.conv1, self.body.bn1)), 3, 2, 1)         # [B,64,H/4,W/4]
-        for stage in (self.body.layer1, self.body.layer2, self.body.layer3, self.body.layer4):
-            for block in stage:
-                x = residual(x, block)                                                           # [B,channels,h,w]
+        for block in (*self.body.layer1, *self.body.layer2, *self.body.layer3, *self.body.layer4):
+            x = residual(x, block)                                                               # [B,channels,h,w]
         return x
 
 
@@ -319,7 +317,7 @@ class SD(nn.Module):
     images [B,3,H,W] (normalised, 0 where padded), padding [B,H,W] -> logits [L,B,N,K], boxes_cxcywh [L,B,N,4]; the last
     layer is the answer. There is no background class: the K scores are sigmoids of their own, all low where nothing is,
     and the focal loss copes with the many low ones.
-    backbone: "resnet50" (any torchvision ResNet), or "small" (stride 8, starts from nothing).
+    backbone: "resnet50" (or another ResNet of torchvision), or "small" (stride 8, starts from nothing).
     Two auxiliary losses for a detector from nothing, by their weights (0: no such loss, nor its head). dense: a token
     inside a box tells the box's category. looks: a query paints a thumbnail of its box, for MD compares what queries
     know; with more weight it tells products of one category apart, with too much boxes suffer.
@@ -434,18 +432,14 @@ def attend_near_the_anchor(decoder, heads, gain=2.0):
     tokens have different temperatures, so pair p of an anchor meets pair p * log(10000) / log(20) of a token.
     """
     half, per_head = decoder.dim // 2, decoder.dim // heads // 4
-    usable = [p for p in range(half // 2) if round(p * math.log(10000, 20)) < half // 2][:6]
+    usable = [p for p in range(half // 2) if round(p * math.log(10000, 20)) < half // 2][:6]      # the shortest
+    q, k = torch.zeros(2, decoder.dim, decoder.dim)
+    places = itertools.product(range(heads), (0, half), range(per_head), (0, 1))      # the last: sin and cos of a pair
+    for row, (head, axis, j, part) in enumerate(places):
+        p = usable[(head + j) % len(usable)]
+        q[row, axis + 2 * p + part] = k[row, axis + 2 * round(p * math.log(10000, 20)) + part] = gain
     for layer in decoder.layers:
-        q, k = torch.zeros(decoder.dim, decoder.dim), torch.zeros(decoder.dim, decoder.dim)
-        row = 0
-        for head in range(heads):
-            for axis in (0, half):
-                for j in range(per_head):
-                    p = usable[(head + j) % len(usable)]
-                    for part in (0, 1):                                              # sin, cos
-                        q[row, axis + 2 * p + part] = k[row, axis + 2 * round(p * math.log(10000, 20)) + part] = gain
-                        row += 1
-        layer.ca_qpos_sine_proj.weight.data, layer.ca_kpos_proj.weight.data = q, k
+        layer.ca_qpos_sine_proj.weight.data, layer.ca_kpos_proj.weight.data = q.clone(), k.clone()
     nn.init.zeros_(decoder.query_scale.layers[-1].weight)
     nn.init.ones_(decoder.query_scale.layers[-1].bias)
 
@@ -520,7 +514,7 @@ class MD(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        self.sd.eval()          # it has no dropout and no batch statistics; a backbone that has stays still as well
+        self.sd.eval()          # nothing in it depends on the mode: no dropout, no batch statistics; this keeps it so
         return self
 
     def single(self, frames, padding):
@@ -642,13 +636,12 @@ def match(logits, boxes, labels, targets):
 
     With at most one box a frame, the usual case, this is an argmin and never leaves the device.
     """
-    L = len(logits)
-    cost = matching_cost(logits, boxes, labels.expand(L, *labels.shape), targets.expand(L, *targets.shape))  # [L,B,N,M]
+    cost = matching_cost(logits, boxes, labels, targets)                                         # [L,B,N,M]
     if labels.shape[-1] == 1:
         return cost.argmin(-2).where(labels >= 0, -1)                                            # [L,B,1]
     real, found = (labels >= 0).cpu(), cost.argmin(-2).where(labels >= 0, -1).cpu()              # [B,M], [L,B,M]
     table = cost.nan_to_num(1e6).cpu()                                # a diverged run is reported by the loop, not here
-    for layer, b in torch.cartesian_prod(torch.arange(L), real.sum(1).gt(1).nonzero()[:, 0]).tolist():
+    for layer, b in torch.cartesian_prod(torch.arange(len(logits)), real.sum(1).gt(1).nonzero()[:, 0]).tolist():
         columns = real[b].nonzero()[:, 0]
         # Where no two targets have the same best query, each can have its own, and nothing is cheaper.
         if len(found[layer, b, columns].unique()) < len(columns):

@@ -386,7 +386,7 @@ def predict(model, config, categories, lives, device, every_frame=True, controls
     # neighbours in a batch, that is on the number of processes: it goes alone. The small backbone does not mind.
     pixels = config["frames"] * config["shortest"][1] * config["longest"]
     together = max(1, 10 ** 6 // pixels) if config["backbone"] == "small" else 1
-    shard = data.ShardSampler(range(len(dataset)), together, *start_processes())
+    shard = data.shard_batches(range(len(dataset)), together, *start_processes())
     batches = DataLoader(dataset, batch_sampler=shard, num_workers=config["workers"], collate_fn=data.collate_detection)
     rows = {}
     for batch in watch(batches, f"detect {lives.split}"):
@@ -438,7 +438,7 @@ def vote(logits, valid):
     mean of the others. What MD gains beyond this control is more than a vote on the category.
     """
     best = logits.sigmoid().amax(2)                                                              # [B,T,K]
-    evidence = (best / best.sum(-1, keepdim=True)).log() * valid[..., None]                      # [B,T,K]
+    evidence = (best / best.sum(-1, keepdim=True)).clamp(min=1e-30).log() * valid[..., None]     # [B,T,K]
     others = (valid.sum(1, keepdim=True) - 1).clamp(min=1)[..., None]                            # [B,1,1]
     heard = (evidence.sum(1, keepdim=True) - evidence) / others                                  # [B,T,K]
     return logits + VOTE * heard[:, :, None]                                                     # [B,T,N,K]
@@ -503,19 +503,16 @@ def table(header, rows, markdown=False, bold=()):
 
 
 def truth_of(rows, lives, categories):
-    """The true boxes of the frames in `rows` for average_precision (image: place in rows; category -1: not told), and
-    how each frame was staged [F] ("": not told)."""
+    """The true boxes of the frames in `rows`, which stand clip by clip, for average_precision (image: place in rows;
+    category -1: not told), and how each frame was staged [F] ("": not told)."""
     numbers = {raw: k for k, raw in enumerate(categories)}
-    frame_of = {(int(c), int(t)): f for f, (c, t) in enumerate(zip(rows["clip"], rows["position"]))}
     frame, category, box, kinds = [], [], [], np.full(len(rows["clip"]), "", object)
-    for c in np.unique(rows["clip"]):
-        clip = lives.clip(int(c))
-        for t, boxes in enumerate(clip.boxes or []):
-            f = frame_of.get((int(c), t))
-            if f is None:                                        # an evaluation that looks at some frames of each clip
-                continue
+    for c, frames in itertools.groupby(range(len(rows["clip"])), lambda f: int(rows["clip"][f])):
+        clip = lives.clip(c)
+        for f in frames if clip.boxes else ():
+            t = int(rows["position"][f])
             kinds[f] = clip.kinds[t] if clip.kinds else ""
-            for *xyxy, raw in boxes:
+            for *xyxy, raw in clip.boxes[t]:
                 frame.append(f)
                 box.append(xyxy)
                 # A category that training never showed is a class of its own, which no detection can hit.
@@ -620,7 +617,7 @@ class Embedder:
         """Samples `numbers` of what `shop` or `clips` gave -> embedding [n,D], tokens [n,R,W] (of images [n,1+P+1,W];
         not with tokens=False), of clips their padding [n,R] too, and whether anything could be read [n]."""
         workers = self.config["workers"] * (len(numbers) > 64)           # one batch is not worth another process
-        batches = DataLoader(dataset, batch_sampler=data.ShardSampler(numbers, 64), num_workers=workers)
+        batches = DataLoader(dataset, batch_sampler=data.shard_batches(numbers, 64), num_workers=workers)
         rows = []
         for batch in watch(batches, progress) if progress else batches:
             batch = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in batch.items()}
@@ -970,8 +967,7 @@ def show(result, markdown=False):
 
 def write_json(path, value):
     """Written whole or not at all."""
-    with data.whole(path) as part, open(part, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
+    data.write_texts(Path(path).parent, {Path(path).name: json.dumps(value, indent=1)})
 
 
 # ------------------------------------------------------------------ near-duplicates
@@ -1009,8 +1005,7 @@ def duplicates(path, folder, threshold, block=2048):
     for group in groups[:20]:
         print("  ".join(group[:8]) + (f"  ... {len(group)} in all" if len(group) > 8 else ""))
     again = [f"{name}\t{group[0]}\n" for group in groups for name in group[1:]]
-    with data.whole(lives.root / "duplicates.txt") as part:
-        Path(part).write_text("".join(again), encoding="utf-8")
+    data.write_texts(lives.root, {"duplicates.txt": "".join(again)})
     print(f"{len(ids)} images, {len(groups)} groups (20 shown at most), {len(again)} to drop: {folder}/duplicates.txt")
     return groups
 
@@ -1124,7 +1119,8 @@ def detection_look(rows, lives, names, samples):
                      for method, box in found.items()]
             kind = caption(clip.kinds[t] if clip.kinds else "", width)
             strip.append(join([kind, fit(picture, (width, height), boxes), *texts], 1, 0))
-        return join(strip, 0, 4) if strip else None
+        row = join(strip, 0, 4) if strip else None
+        return join([caption(name, row.width), row], 1, 2) if strip and name else row
 
     missed = sample["true"] - np.bincount(sample["clip"], sample["hit"], len(lives))
     return {"name": "detections", "hard": missed, "row": draw}
@@ -1255,9 +1251,9 @@ def draw_curves(log, path, result=None):
     """A run's JSON log as a picture: each term of the loss, and AP50 or R1 of the val lives, over steps. `result` is
     what `evaluate` gave at the end, a dot; the paper's figure, a grey line. -> path, or None where there is no log."""
     lines = []
-    for text in Path(log).read_text().splitlines() if Path(log).exists() else []:
-        with contextlib.suppress(ValueError):                        # a line that a dying process tore
-            lines.append(json.loads(text))
+    for text in Path(log).read_bytes().splitlines() if Path(log).exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):   # a line that a dying process tore
+            lines += [line] if (line := json.loads(text))["step"] >= 0 else []
     if not lines:
         return None
     final = headline(result) if result else {}
@@ -1371,7 +1367,7 @@ def seconds_of(source, fps):
 def read_tabbed(path, first, kind=str):
     """[(key, text)] of a file of rows `first<TAB>text`, keys as `kind`; BadInput with file and row. No path: none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n") if path else []
     except UnicodeDecodeError:
         raise BadInput(f"{path}: expected UTF-8 text") from None
     rows = []
@@ -1387,10 +1383,14 @@ def read_tabbed(path, first, kind=str):
 
 
 def finite(text):
-    """A number that is neither infinite nor none; ValueError when it is no such number."""
+    """A number that is neither infinite nor NaN; ValueError when it is no such number."""
     if not math.isfinite(float(text)):
         raise ValueError
     return float(text)
+
+
+def read_below(folder, name):
+    return data.read_picture(Path(folder) / name)
 
 
 def open_shop(folder, titles, embedder, key):
@@ -1408,7 +1408,7 @@ def open_shop(folder, titles, embedder, key):
             columns = (saved[column] for column in ("names", "stamps", "feature", "seen"))
             known = {(str(name), *stamp.tolist()): row for name, stamp, *row in zip(*columns)}
     marks = [(name, *stamp) for name, stamp in zip(names, stamps)]
-    shop = embedder.shop(lambda name: data.read_picture(Path(folder) / name), titles, names)
+    shop = embedder.shop(functools.partial(read_below, folder), titles, names)
     new = [n for n, mark in enumerate(marks) if mark not in known]
     if new:
         feature, seen = embedder.embed(shop, new, False, "embed the shop")                       # [new,D], [new]
@@ -1535,24 +1535,23 @@ def strip_of(out, answer):
 def answers_before(out, settings):
     """The whole lines that a stopped run left in `out`, made ready; BadInput when it asked for something else."""
     data.output_folder(out / "clips")
-    about, log, answers, other = out / "settings.json", out / "answers.jsonl", [], []
-    if about.exists() and log.exists():
+    about, log, lines, answers, other = out / "settings.json", out / "answers.jsonl", [], [], []
+    if log.exists():
         try:
             before = json.loads(about.read_text(encoding="utf-8"))
             other = [f"{name}: {before.get(name)} there, {value} here" for name, value in settings.items()
                      if before.get(name) != value]
-            lines = log.read_text(encoding="utf-8").splitlines(True)
-            answers = [json.loads(line) for line in lines if line.endswith("\n")]
+            lines = [line for line in log.read_bytes().splitlines(True) if line.endswith(b"\n")]
+            answers = [json.loads(line) for line in lines]
             if not all(isinstance(answer["end"], float) for answer in answers):
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise BadInput(f"{log}: not what an earlier run wrote; remove it, or give another --out") from None
     if other:
         raise BadInput(f"{log} answers another question ({'; '.join(other)}); give another --out, or remove it")
     write_json(about, settings)
     with data.whole(log) as part:
-        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-        Path(part).write_text("".join(lines), encoding="utf-8")
+        Path(part).write_bytes(b"".join(lines))
     return answers
 
 

@@ -361,7 +361,8 @@ class RICE(nn.Module):
     def encode_clips(self, frames, keep, valid, asr):
         """frames [B,T,3,S,S], keep [B,T,P], valid [B,T], asr [B,N] -> embedding [B,2D], tokens [B,R,W], padding [B,R].
 
-        R = T*(1+P) + 1: each frame's class token and patches, then the text. The embedding is the mean of valid frames.
+        R = T*(1+P) + 1: each frame's class token and patches, then the text. The embedding points along the mean of the
+        valid frames' directions.
         """
         B, T = valid.shape
         embedding, tokens = self.visual(frames.flatten(0, 1), keep.flatten(0, 1))                # [B*T,D], [B*T,1+P,W]

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -46,7 +47,8 @@ from data import BadInput
 def option(default, group, text, low=None):
     """A field of Config with its flag's group and help; numbers below `low` (whole ones: 1, others: 0) are refused."""
     low = int(isinstance(default, int)) if low is None else low
-    return field(default=default, metadata={"group": group, "help": text, "low": low})
+    about = {"group": group, "help": text, "low": low, "default": default}
+    return field(default_factory=lambda: default, metadata=about)
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Config:
     drop: float = option(0.75, "optimisation", "share of the steps before the rate falls; the paper: 15 of 20 epochs")
 
     frames: int = option(10, "pictures", "frames of a clip, at even intervals (md, rice)")
-    shortest: str = option("480,800,32", "pictures", "shortest side, pixels: lowest, highest, step; drawn in training")
+    shortest: list = option([480, 800, 32], "pictures", "shortest side, pixels: lowest, highest, step; training draws")
     longest: int = option(1333, "pictures", "limit of the longest side, pixels")
 
     backbone: str = option("resnet50", "detectors", "a torchvision ResNet, or small: stride 8, starts from nothing")
@@ -91,7 +93,7 @@ class Config:
     queries: int = option(300, "detectors", "anchor boxes")
     dense: float = option(0.0, "detectors", "weight of the loss by which memory tokens tell the category; the paper: 0")
     looks: float = option(0.0, "detectors", "weight of the loss by which queries paint their box; the paper: 0")
-    keep: str = option("80,50,30", "detectors", "queries of a frame that each step of the TTM keeps")
+    keep: list = option([80, 50, 30], "detectors", "queries of a frame that each step of the TTM keeps")
 
     boxes: str = option("md", "rice", "boxes a clip is seen through: md, sd, true (the annotation's), none")
     view: str = option("box", "rice", "box: a square around it; mask: the patches it touches; frame: whole frames")
@@ -117,10 +119,10 @@ PRESETS = {
         "sd": {}, "md": {"lr": 2e-4, "backbone_lr": 2e-5},
         "rice": {"epochs": 5.0, "batch": 256, "lr": 1e-4, "backbone_lr": 1e-6, "weight_decay": 0.2, "clip_norm": 1.0}},
     "tiny": {
-        "all": {"workers": 1, "save_every": 100, "log_every": 20, "frames": 8, "shortest": "80,96,16", "longest": 176,
+        "all": {"workers": 1, "save_every": 100, "log_every": 20, "frames": 8, "shortest": [80, 96, 16], "longest": 176,
                 "schedule": "cosine", "drop": 0.5, "clip_norm": 1.0, "backbone": "small", "dim": 128, "heads": 4,
                 "encoder_layers": 1, "decoder_layers": 3, "ffn": 256, "queries": 16, "dense": 1.0, "looks": 1.0,
-                "keep": "12,8,4"},
+                "keep": [12, 8, 4]},
         "sd": {"steps": 800, "batch": 32, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 50},
         "md": {"steps": 440, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
         "rice": {"steps": 350, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1,
@@ -128,9 +130,9 @@ PRESETS = {
                  "vit_heads": 4, "patch": 0, "size": 64, "embedding": 128}},
     "small": {
         "all": {"data": "runs/livestreams-small", "schedule": "cosine", "drop": 0.5, "clip_norm": 1.0,
-                "shortest": "128,160,16", "longest": 320, "backbone": "small", "dim": 192, "heads": 6,
+                "shortest": [128, 160, 16], "longest": 320, "backbone": "small", "dim": 192, "heads": 6,
                 "encoder_layers": 2, "decoder_layers": 4, "ffn": 768, "queries": 25, "dense": 1.0, "looks": 1.0,
-                "keep": "15,10,5"},
+                "keep": [15, 10, 5]},
         "sd": {"steps": 10000, "batch": 64, "lr": 7e-4, "backbone_lr": 7e-4, "warmup": 300},
         "md": {"steps": 3000, "batch": 16, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 100},
         "rice": {"steps": 4000, "batch": 128, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 200, "drop": 0.1,
@@ -152,32 +154,20 @@ def configure(given, stage):
     config = Config(**(preset.get("all", {}) | preset[stage] | overfit | given | {"stage": stage}))
     config.out = config.out or ("runs/overfit" if config.overfit else f"runs/{config.preset}")
     config.detectors = config.detectors or config.out
-    for name, allowed in CHOICES.items():
-        if getattr(config, name) not in allowed:
-            raise BadInput(f"--{name} {getattr(config, name)}: expected one of {' | '.join(allowed)}")
     for item in dataclasses.fields(Config):
-        value, low = getattr(config, item.name), item.metadata["low"]
+        name, value, low = item.name, getattr(config, item.name), item.metadata["low"]
+        if name in CHOICES and value not in CHOICES[name]:
+            raise BadInput(f"--{name} {value}: expected one of {' | '.join(CHOICES[name])}")
         if isinstance(value, (int, float)) and not low <= value < 2 ** 31:
-            raise BadInput(f"{flag(item.name)} {value}: expected {low} or more{', and finite' if value > low else ''}")
-    for name, count in (("shortest", 3), ("keep", None)):
-        raw = getattr(config, name)
-        numbers = raw.split(",")
-        whole = all(n.isdecimal() and len(n) < 7 and int(n) > 0 for n in numbers)
-        if not whole or len(numbers) != (count or len(numbers)):
-            raise BadInput(f"--{name} {raw[:60]}: expected {count or 'one or more'} whole numbers and commas between")
-        setattr(config, name, [int(n) for n in numbers])
-    checks = [(config.shortest[0] <= config.shortest[1], "--shortest: the lowest comes before the highest"),
-              (config.drop <= 1, "--drop is a share, 0 to 1"),
-              (given.get("view") in (None, "frame") or config.boxes != "none",
-               f"--view {config.view} needs --boxes md, sd or true")]
-    for right, text in checks:
-        if not right:
-            raise BadInput(text)
+            raise BadInput(f"{flag(name)} {value}: expected {low} or more{', and finite' if value > low else ''}")
+        if name != "steps" and not evaluation.NEEDED.get(name, lambda _: True)(value):
+            raise BadInput(f"{flag(name)} {str(value)[:60]}: out of range ({item.metadata['help']})")
+    if config.drop > 1:
+        raise BadInput("--drop is a share, 0 to 1")
+    if config.boxes == "none" and given.get("view", "frame") != "frame":
+        raise BadInput(f"--view {config.view} needs --boxes md, sd or true")
     if config.view == "frame" or config.boxes == "none":
         config.view, config.boxes = "frame", "none"
-    for name, fits in evaluation.NEEDED.items():
-        if name != "steps" and not fits(getattr(config, name)):
-            raise BadInput(f"{flag(name)} {str(getattr(config, name))[:60]}: out of its range")
     try:
         evaluation.shapes_of(vars(config), 1, 4)
     except ValueError as error:
@@ -189,6 +179,14 @@ def configure(given, stage):
 
 def flag(name):
     return f"--{name.replace('_', '-')}"
+
+
+def numbers(text):
+    """A flag's list: whole numbers with commas between."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers and commas between, found {text[:60]!r}") from None
 
 
 # ------------------------------------------------------------------ what differs between the stages
@@ -220,7 +218,7 @@ def prepare_detector(config, lives, device, saved):
         model.sd.load_state_dict(base["model"])
     samples = data.DetectionSet(lives, lives.categories, config.frames if base else 1, config.shortest, config.longest,
                                 True, config.seed, augment=not config.overfit)
-    return model, kept, samples, data.shuffled(len(samples)), data.collate_detection
+    return model, kept, samples, lambda rng: rng.permutation(len(samples)), data.collate_detection
 
 
 def prepare_rice(config, lives, device, saved):
@@ -337,6 +335,11 @@ def over_all(value, operation=dist.ReduceOp.SUM):
     return value
 
 
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
 # ------------------------------------------------------------------ the loop
 
 
@@ -351,16 +354,13 @@ def train(config, rank, world, device):
         data.Lives(config.data, "val")                                           # tells now what is missing, not later
     model, kept, samples, order, collate = prepare(config, device, saved)
     config.steps = config.steps or max(1, int(config.epochs * len(samples) / config.batch))
-    if config.batch % (world * config.accum):
-        raise BadInput(f"--batch {config.batch} is that of all processes together; it must be a multiple of their "
-                       f"number, {world}, times --accum {config.accum}")
     kept |= {"best": -1.0, "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}}
     optimizer, start, log = begin(config, saved, model, kept, path, device, rank)
     model.train()
     wrapped = Step(model)
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None)
-    sampler = data.StepSampler(order, config.batch, config.steps, start, config.seed, rank, world)
+    sampler = data.step_batches(order, config.batch, config.steps, start, config.seed, rank, world)
     batches = DataLoader(samples, batch_sampler=sampler, num_workers=config.workers, collate_fn=collate,
                          pin_memory=device.type == "cuda", worker_init_fn=deaf)
     unread = {}                                                                  # clip -> why it cannot be read
@@ -372,16 +372,15 @@ def train(config, rank, world, device):
 
     bar = tqdm(total=config.steps * config.batch, initial=start * config.batch, desc=f"train {config.stage}",
                unit="frame" if config.stage == "sd" else "clip", mininterval=1, disable=rank > 0)
-    with Signals() as signals, bar:
+    with heard() as seen, bar:
         for step, batch in enumerate(batches, start):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, config)
             loss, terms = forward_backward(wrapped, optimizer, batch, config, device, step)
             norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
             wrong = wrong.where(torch.stack([loss, norm]).isfinite().all(), wrong.clamp(max=step + 1))
-            stop = heard_by_all(batch, unread, signals, config, samples)
-            last = step + 1 == config.steps
-            log_it, save_it, judge_it = (every and ((step + 1) % every == 0 or last)
+            stop = heard_by_all(batch, unread, seen, config, samples)
+            log_it, save_it, judge_it = (every and ((step + 1) % every == 0 or step + 1 == config.steps)
                                          for every in (config.log_every, config.save_every, config.eval_every))
             if log_it or save_it or judge_it or stop or step == start:           # else nothing waits for the device
                 stop_where_not_finite(wrong, loss, terms, norm, model, step, batch, samples.lives, rank)
@@ -397,12 +396,12 @@ def train(config, rank, world, device):
             if (save_it or stop) and rank == 0:
                 save(path, checkpoint(step + 1))
             if stop:
-                raise Stopped(f"{path} holds step {step + 1} of {config.steps}", signals.code())
+                wait_for_all()                     # who leaves first has torchrun end the others, in the midst of saving
+                raise Stopped(f"{path} holds step {step + 1} of {config.steps}", 128 + (seen or [signal.SIGTERM])[0])
     if unread and rank == 0:
         print(f"{config.stage}: {len(unread)} of {len(samples.lives)} clips could not be read and were skipped; "
               f"the first: {next(iter(unread.values()))}")
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     return True
 
 
@@ -449,13 +448,13 @@ def write_line(log, line, rank):
             file.write(json.dumps(line) + "\n")
 
 
-def heard_by_all(batch, unread, signals, config, samples):
+def heard_by_all(batch, unread, seen, config, samples):
     """Add what any process could not read in this step to `unread`; -> whether one was told to stop: the same on all.
 
     Exchanged on the host, so the device is not waited for. BadInput when more than 1 % of the clips cannot be read.
     """
     mine = [(int(clip), reason) for clip, reason in zip(batch["clip"], batch["bad"]) if reason]
-    flags = over_all(torch.tensor([len(mine), len(signals.seen)]))
+    flags = over_all(torch.tensor([len(mine), len(seen)]))
     if flags[0] > 0:
         for clip, reason in (pair for part in evaluation.everyones(mine) for pair in part):
             unread.setdefault(clip, reason)
@@ -468,7 +467,7 @@ def heard_by_all(batch, unread, signals, config, samples):
 
 def stop_where_not_finite(wrong, loss, terms, norm, model, step, batch, lives, rank):
     """End the run on all processes when a loss or gradient of one was not finite at step `wrong` or since (inf: never);
-    asked at every line of the log and before a checkpoint is written, so none is spoilt."""
+    asked at the first step, at each line of the log, and before a checkpoint is saved or judged, so none is spoilt."""
     if over_all(wrong, dist.ReduceOp.MIN).isinf():
         return
     tensors = [(f"weight {name}", p) for name, p in model.named_parameters()]
@@ -485,33 +484,26 @@ def stop_where_not_finite(wrong, loss, terms, norm, model, step, batch, lives, r
 
 
 class Stopped(Exception):
-    """A run that was told to stop has saved its state; the text says where it stands."""
-
-    def __init__(self, text, code):
-        super().__init__(text)
-        self.code = code
+    """A run that was told to stop has saved its state: a text that says where it stands, and the exit status."""
 
 
-class Signals:
-    """Notes Ctrl-C and SIGTERM (what a scheduler or torchrun sends), so that the step in hand is finished and saved;
-    a second one ends the process at once."""
+@contextlib.contextmanager
+def heard():
+    """Notes Ctrl-C and SIGTERM (what a scheduler or torchrun sends) in a list, so that the step in hand is finished and
+    saved; the same one again ends the process at once."""
+    seen, before = [], {}
 
-    def __enter__(self):
-        self.seen, self.before = [], {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number, _):
-        self.seen.append(number)
+    def note(number, _):
+        seen.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def code(self):
-        return 128 + (self.seen[0] if self.seen else signal.SIGTERM)
 
 
 def deaf(_):
@@ -676,19 +668,17 @@ def run(given):
     if given.get("init") and wanted not in ("sd", "rice"):
         raise BadInput("--init gives one stage its public weights: say which with --stage sd or --stage rice")
     configs = [configure(given, stage) for stage in STAGES if wanted in (stage, "all")]
+    for config in configs:
+        if config.batch % (world * config.accum):
+            raise BadInput(f"--batch {config.batch} is that of all processes together; it must be a multiple of their "
+                           f"number, {world}, times --accum {config.accum}")
     if rank == 0 and configs[0].data in data.LIVESTREAMS and not Path(configs[0].data).exists():
         data.render(configs[0].data, **data.LIVESTREAMS[configs[0].data])
-    if world > 1:
-        if rank == 0:
-            data.Lives(configs[0].data, "train")                       # one process makes the index, the others find it
-        dist.barrier()
-    path, again = Path(configs[0].out) / "results.json", "remove it, and every stage is evaluated again"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if not all(isinstance(result, dict) for result in results.values()):
-            raise ValueError
-    except (ValueError, AttributeError, RecursionError):
-        raise BadInput(f"{path}: not JSON of results by stage; {again}") from None
+    if world > 1 and rank == 0:
+        data.Lives(configs[0].data, "train")                           # one process makes the index, the others find it
+    wait_for_all()
+    path = Path(configs[0].out) / "results.json"
+    results = results_before(path)
     for config in configs:
         trained = train(config, rank, world, device)
         checkpoint, before = f"{config.out}/{config.stage}.pt", results.get(config.stage, {})
@@ -705,9 +695,20 @@ def run(given):
             try:
                 evaluation.show(before)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-                raise BadInput(f"{path}: {config.stage}: not results; {again}") from None
+                raise BadInput(f"{path}: {config.stage}: not results; remove it, and it is made again") from None
     if rank == 0:
         print(f"\nall done: {path}")
+
+
+def results_before(path):
+    """The results of stages that were trained before, {} when there are none."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not all(isinstance(result, dict) for result in results.values()):
+            raise ValueError
+        return results
+    except (ValueError, AttributeError, RecursionError):
+        raise BadInput(f"{path}: not JSON of results by stage; remove it, and it is made again") from None
 
 
 def main(argv=None):
@@ -715,16 +716,19 @@ def main(argv=None):
         usage="train.py [--FLAG VALUE ...]",
         description="Train SD, MD and RICE; with no argument: the whole quickstart.",
         epilog="Defaults are the paper's; --preset tiny (the default) changes many of them: see PRESETS in train.py.")
-    groups = {}
-    for item in dataclasses.fields(Config):
-        group = groups.setdefault(item.metadata["group"], parser.add_argument_group(item.metadata["group"]))
-        group.add_argument(flag(item.name), type=type(item.default), default=argparse.SUPPRESS, metavar="X",
-                           help=f"{item.metadata['help']} [{'all' if item.name == 'stage' else item.default}]")
+    for group, items in itertools.groupby(dataclasses.fields(Config), lambda item: item.metadata["group"]):
+        group = parser.add_argument_group(group)
+        for item in items:
+            default = "all" if item.name == "stage" else item.metadata["default"]
+            shown = ",".join(map(str, default)) if item.type is list else default
+            group.add_argument(flag(item.name), type=numbers if item.type is list else item.type, metavar="X",
+                               default=argparse.SUPPRESS, help=f"{item.metadata['help']} [{shown}]")
     try:
         data.guarded(run, vars(parser.parse_args(argv)))
     except Stopped as stopped:
-        print(f"stopped: {stopped}; the same command goes on from there", file=sys.stderr)
-        sys.exit(stopped.code)
+        text, code = stopped.args
+        print(f"stopped: {text}; the same command goes on from there", file=sys.stderr)
+        sys.exit(code)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

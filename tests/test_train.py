@@ -47,8 +47,9 @@ def ended(process):
 
 def flags_of(flags):
     """The flags of a command as `configure` takes them."""
-    types = {train.flag(item.name): (item.name, type(item.default)) for item in dataclasses.fields(train.Config)}
-    return {types[name][0]: types[name][1](value) for name, value in zip(flags[::2], flags[1::2])}
+    fields = {train.flag(item.name): item for item in dataclasses.fields(train.Config)}
+    read = {list: train.numbers}
+    return {fields[name].name: read.get(fields[name].type, fields[name].type)(value) for name, value in zip(flags[::2], flags[1::2])}
 
 
 def log_of(out, stage):
@@ -376,7 +377,7 @@ class ReadBack(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device(run_one, livestreams, stage):
     config = train.configure({"data": str(livestreams), "out": str(run_one)} | flags_of(SMALL), stage)
     model, _, samples, order, collate = train.prepare(config, torch.device("cpu"), None)
-    keys = next(iter(data.StepSampler(order, 4, 1)))
+    keys = next(iter(data.step_batches(order, 4, 1)))
     batch = (collate or default_collate)([samples[key] for key in keys])
     optimizer = train.optimizer_of(model.train(), config)
     train.ready(batch, config, torch.device("cpu"), 0)                       # what is sent to the device once, is there
@@ -406,7 +407,7 @@ def test_bf16_loss_is_within_one_percent(run_one, livestreams):
         model.load_state_dict(checkpoint["model"])
         if stage == "md":
             model.steps = (9, 9, 9)             # all queries: between nearly equal scores rounding would choose others
-        keys = next(iter(data.StepSampler(order, 4, 1)))
+        keys = next(iter(data.step_batches(order, 4, 1)))
         batch = train.ready((collate or torch.utils.data.default_collate)([samples[k] for k in keys]), config, torch.device("cpu"), 0)
         exact = model.loss(batch)[0]
         with torch.autocast("cpu", torch.bfloat16):
@@ -416,9 +417,7 @@ def test_bf16_loss_is_within_one_percent(run_one, livestreams):
 
 def train_options():
     """SMALL as train.main's parser reads it."""
-    options = dict(zip((flag[2:].replace("-", "_") for flag in SMALL[::2]), SMALL[1::2]))
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(train.Config)}
-    return argparse.Namespace(**{name: kinds[name](value) for name, value in options.items()})
+    return argparse.Namespace(**flags_of(SMALL))
 
 
 @pytest.mark.parametrize("stage", train.STAGES)

@@ -150,7 +150,7 @@ def looks(image):
     """The frames are read as Pillow, a second reader, sees the picture (16 bits: as the upper eight)."""
     def look(at, said):
         first = next((at / "data/frames").iterdir())
-        ours = data.Lives.pictures(at / "data").read("frames", first.stem)
+        ours = data.Lives.pictures(at / "data").frame(first.stem)[0]
         eight = Image.fromarray((np.asarray(image) / 257).astype(np.uint8)) if image.mode.startswith("I;16") else image
         theirs = ImageOps.exif_transpose(Image.open(first)).convert("RGB") if image is eight else eight.convert("RGB")
         theirs = torch.from_numpy(np.array(theirs)).permute(2, 0, 1)
