@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.nn.functional import logsigmoid
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import to_pil_image
@@ -437,8 +438,7 @@ def vote(logits, valid):
     A frame's evidence for a class is the log of its best score for it, normalised over classes; each frame hears the
     mean of the others. What MD gains beyond this control is more than a vote on the category.
     """
-    best = logits.sigmoid().amax(2)                                                              # [B,T,K]
-    evidence = (best / best.sum(-1, keepdim=True)).clamp(min=1e-30).log() * valid[..., None]     # [B,T,K]
+    evidence = logsigmoid(logits).amax(2).log_softmax(-1) * valid[..., None]                     # [B,T,K]
     others = (valid.sum(1, keepdim=True) - 1).clamp(min=1)[..., None]                            # [B,1,1]
     heard = (evidence.sum(1, keepdim=True) - evidence) / others                                  # [B,T,K]
     return logits + VOTE * heard[:, :, None]                                                     # [B,T,N,K]

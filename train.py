@@ -396,7 +396,7 @@ def train(config, rank, world, device):
             if (save_it or stop) and rank == 0:
                 save(path, checkpoint(step + 1))
             if stop:
-                wait_for_all()                     # who leaves first has torchrun end the others, in the midst of saving
+                wait_for_all()                     # who leaves first has torchrun end the others, amid a save
                 raise Stopped(f"{path} holds step {step + 1} of {config.steps}", 128 + (seen or [signal.SIGTERM])[0])
     if unread and rank == 0:
         print(f"{config.stage}: {len(unread)} of {len(samples.lives)} clips could not be read and were skipped; "

@@ -434,12 +434,15 @@ def test_check_finds_everything_and_says_where(tmp_path, livestreams, capsys, mo
     wanted = test.clip(2).image_ids[0]
     galleries.write_text(galleries.read_text().replace(f'"{wanted}", ', "").replace(f', "{wanted}"', ""))
     (root / "annotations" / "test_scale_small.txt").write_text("nobody-1-2\n")
+    (truth,) = (root / "annotations").glob("test_frameid2gtbox_*")
+    truth.write_text(json.dumps(json.loads(truth.read_text()) | {test.clip(3).frame_ids[0]: [[9, 9, 9, 40], [9, 9, 30, 30]]}))
     monkeypatch.setattr(data.multiprocessing, "get_context", threads)
     assert data.check(root, processes=1) is True
     said = capsys.readouterr().out
     for text in (f"{path}:2: expected 11 columns", f"{path}:3: box list", f"{path}:4: frame_id list", f"{path}:5: frame_id list: '../../../etc",
                  f"{path}:7: {rows[0][0]}", f"{path}:9: ", "not a readable JPEG", f"{wanted}"[:0] + "clips whose true images are not in their gallery: 1",
-                 "nobody-1-2 is no clip", "images: 1 of", "1 stick out", "2 without area or outside", "more than 1 %", "ASR on", "words"):
+                 "nobody-1-2 is no clip", "images: 1 of", "1 stick out", "3 without area or outside", "more than 1 %",
+                 f"rows: 5 of {len(rows) + 1 + len(test) + len(data.Lives(root, 'val'))} unusable", "ASR on", "words"):
         assert text in said, (text, said)
     assert not (tmp_path / "owned").exists()
     with pytest.raises(SystemExit, match="1"):

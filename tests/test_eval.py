@@ -141,6 +141,7 @@ def test_the_vote_adds_what_the_other_frames_say():
     wanted = logits[0, 1] + evaluation.VOTE * (share[0, 0] + share[0, 2]) / 2
     torch.testing.assert_close(voted[0, 1], wanted)
     torch.testing.assert_close(voted[1, 0], logits[1, 0])                                # a frame alone hears nothing
+    assert evaluation.vote(torch.full((1, 3, 2, 4), -300.0), valid[:1]).isfinite().all()        # no score that float32 can tell from 0
 
 
 @pytest.mark.parametrize("images", [3, 63, 64, 150, 333])

@@ -37,7 +37,7 @@ def ask(run, recording, out, *more):
     root = recording["root"]
     evaluation.main(["--ckpt", str(run / "rice.pt"), "--live", str(root / "frames"), "--shop", str(root / "shop"), "--every", "1", "--window", "4",
                      "--top", "3", "--asr", str(root / "asr.txt"), "--titles", str(root / "titles.txt"), "--out", str(out), *more])
-    return [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / "answers.jsonl").read_bytes().splitlines()]
 
 
 @pytest.mark.parametrize("more, score", [([], "icl"), (["--rerank", "4"], "fused")])
@@ -72,6 +72,21 @@ def test_a_stopped_live_goes_on(run_one, recording, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         ask(run_one, recording, tmp_path, "--window", "2")
     assert stop.value.code == 2 and "window: 4 there, 2 here" in capsys.readouterr().err and log.read_text() == text
+    (tmp_path / "settings.json").unlink()                                     # nobody knows which question was answered
+    with pytest.raises(SystemExit) as stop:
+        ask(run_one, recording, tmp_path)
+    assert stop.value.code == 2 and "answers.jsonl" in capsys.readouterr().err and log.read_text() == text
+
+
+def test_odd_signs_of_a_text_are_no_end_of_a_row(run_one, recording, tmp_path):
+    shop, name = tmp_path / "shop", "a\u2028b\x85c.jpg"
+    shop.mkdir()
+    shutil.copy(next((recording["root"] / "shop").glob("*.jpg")), shop / name)
+    (tmp_path / "titles.txt").write_bytes(f"\ufeff{name}\tred\x0bmug\r\n".encode())
+    assert evaluation.read_tabbed(tmp_path / "titles.txt", "image") == [(name, "red\x0bmug")]
+    more = ["--shop", str(shop), "--titles", str(tmp_path / "titles.txt")]
+    whole = ask(run_one, recording, tmp_path, *more)
+    assert whole[0]["top"][0][0] == name and ask(run_one, recording, tmp_path, *more) == whole
 
 
 def test_the_shop_is_embedded_once_and_anew_where_it_changed(run_one, recording, tmp_path, monkeypatch):
@@ -205,4 +220,6 @@ def test_curves_are_drawn_from_the_log(tmp_path):
     log.write_text("".join(json.dumps({"step": s, "lr": 1, "loss": 9 / s, "norm": 1}) + "\n" for s in range(1, 30)) + '{"step": 30, "AP50": 60.0}\n{"torn')
     with Image.open(evaluation.draw_curves(log, tmp_path / "c.png")) as picture:
         assert picture.width > 500 and (np.asarray(picture) == evaluation.COLOURS["md"]).all(2).sum() > 100
+    log.write_bytes(log.read_bytes() + b'\n[1]\n{"lr": 1}\n{"step": "x"}\n\xff\xfe\n')
+    assert evaluation.draw_curves(log, tmp_path / "c.png") == tmp_path / "c.png"                  # lines that are none are passed over
     assert evaluation.draw_curves(tmp_path / "none.jsonl", tmp_path / "d.png") is None and not (tmp_path / "d.png").exists()
