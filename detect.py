@@ -1,4 +1,5 @@
-"""The detectors of the supplement, section 2: SD (one frame), MD (a clip), their matching and their loss.
+"""The detectors of the supplement, section 2: SD (one frame: DAB-DETR, a DETR whose queries are anchor boxes), MD (a
+clip: SD and a temporal transformer module, the TTM, which is TransVOD Lite's SeqHQM), their matching and their loss.
 
     image [B,3,H,W] -> backbone -> encoder -> memory [B,S,C] -> decoder: N anchor boxes ask the memory, layer by layer
                     -> logits [L,B,N,K], boxes [L,B,N,4]                                                         SD
@@ -487,11 +488,11 @@ class TTMStep(nn.Module):
         for value in (self.bbox_embed.layers[-1].weight, self.bbox_embed.layers[-1].bias):
             nn.init.zeros_(value)                                                # start from SD's boxes
 
-    def forward(self, queries, boxes, positions, memory, position, padding, absent):
+    def forward(self, queries, boxes, positions_of, memory, position, padding, absent):
         k = queries.shape[2]
         x, absent = queries.flatten(1, 2), absent.repeat_interleave(k, 1)                        # [B,T*k,C], [B,T*k]
         x = self.temporal(x, x, absent, absent).reshape(-1, k, x.shape[-1])                      # [B*T,k,C]
-        x = self.frame(x, *positions(boxes.flatten(0, 1), x), memory, position, padding)         # [B*T,k,C]
+        x = self.frame(x, *positions_of(boxes.flatten(0, 1), x), memory, position, padding)      # [B*T,k,C]
         x = x.reshape(queries.shape)                                                             # [B,T,k,C]
         refined = (self.bbox_embed(x) + inverse_sigmoid(boxes)).sigmoid()                        # [B,T,k,4]
         return x, self.class_embed(x), refined                                                   # [B,T,k,C], [B,T,k,K]
@@ -518,13 +519,13 @@ class MD(nn.Module):
         return self
 
     def single(self, frames, padding):
-        """SD alone -> contents [B,T,N,C], logits [B,T,N,K], boxes [B,T,N,4]; memory, position, padding [B*T,S,.]."""
+        """SD alone -> contents [B,T,N,C], logits [B,T,N,K], boxes [B,T,N,4]; scene: its memory, position and padding."""
         with torch.no_grad():
-            contents, boxes, *memory = self.sd.features(frames.flatten(0, 1), padding.flatten(0, 1))
+            contents, boxes, *scene = self.sd.features(frames.flatten(0, 1), padding.flatten(0, 1))
             logits = self.sd.class_embed(contents[-1])                                           # [B*T,N,K]
-        return *(x.unflatten(0, frames.shape[:2]) for x in (contents[-1], logits, boxes[-1])), memory
+        return *(x.unflatten(0, frames.shape[:2]) for x in (contents[-1], logits, boxes[-1])), scene
 
-    def temporal(self, queries, logits, boxes, memory, valid):
+    def temporal(self, queries, logits, boxes, scene, valid):
         """The TTM on what `single` gave: -> logits [B,T,k,K] and boxes [B,T,k,4] of each step, as two lists."""
         all_logits, all_boxes = [], []
         absent = ~valid & valid.any(1, keepdim=True)       # [B,T]; where no frame is there, all take part
@@ -532,14 +533,14 @@ class MD(nn.Module):
             # Selected with each step's own scores, but the box that each query refines is always the one SD gave it
             # (TransVOD Lite's rule): every step is a correction of SD, none of another step.
             queries, boxes = keep_best(logits, k, queries, boxes)                                # [B,T,k,C], [B,T,k,4]
-            queries, logits, refined = step(queries, boxes, self.sd.transformer["decoder"].positions, *memory, absent)
+            queries, logits, refined = step(queries, boxes, self.sd.transformer["decoder"].positions, *scene, absent)
             all_logits.append(logits)
             all_boxes.append(refined)
         return all_logits, all_boxes
 
     def forward(self, frames, padding, valid):
-        *single, memory = self.single(frames, padding)
-        logits, boxes = self.temporal(*single, memory, valid)                                    # [B,T,k,.] a step
+        *found, scene = self.single(frames, padding)
+        logits, boxes = self.temporal(*found, scene, valid)                                      # [B,T,k,.] a step
         return logits, boxes, pick(logits[-1], boxes[-1])[0]                                     # [B,T,4]
 
     def loss(self, batch):

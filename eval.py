@@ -422,13 +422,13 @@ def answers_of(model, frames, padding, valid, controls):
     if not isinstance(model, detect.MD):
         logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
         return {"sd": tuple(x[-1].unflatten(0, valid.shape) for x in (logits, boxes))}
-    *single, memory = model.single(frames, padding)
-    answers = {"sd": single[1:], "md": [x[-1] for x in model.temporal(*single, memory, valid)]}
+    *found, scene = model.single(frames, padding)
+    answers = {"sd": found[1:], "md": [x[-1] for x in model.temporal(*found, scene, valid)]}
     if controls:
         alone = torch.ones(valid.numel(), 1, dtype=torch.bool, device=valid.device)              # [B*T,1]
-        alone = model.temporal(*(x.flatten(0, 1)[:, None] for x in single), memory, alone)
-        answers["md1"] = [x[-1].unflatten(0, valid.shape).squeeze(2) for x in alone]
-        answers["vote"] = vote(single[1], valid), single[2]
+        each = model.temporal(*(x.flatten(0, 1)[:, None] for x in found), scene, alone)
+        answers["md1"] = [x[-1].unflatten(0, valid.shape).squeeze(2) for x in each]
+        answers["vote"] = vote(found[1], valid), found[2]
     return answers
 
 

@@ -421,11 +421,11 @@ class RICE(nn.Module):
 
         maps [B,heads,Q,R], padding [B,R] -> [B,heads,P,T*P], [B,T*P].
         """
-        heads, P = maps.shape[1], self.visual.grid ** 2
+        heads, P, width = maps.shape[1], self.visual.grid ** 2, self.text_proj.in_features
         maps = maps[:, :, 1:1 + P, :-1].unflatten(-1, (T, 1 + P))[..., 1:].flatten(-2)           # [B,heads,P,T*P]
         padding = padding[:, :-1].unflatten(1, (T, 1 + P))[..., 1:].flatten(1)                   # [B,T*P]
         # Times sqrt(width of a head), as in the public code: weights of 1/R alone are too small to learn from.
-        return maps * math.sqrt(self.text_proj.in_features / heads), padding
+        return maps * math.sqrt(width / heads), padding
 
     def _reconstruct(self, maps, clip_tokens, image_tokens, padding, T, product):
         padding = padding & (product >= 0)[:, None]               # of a pair that is left out: no softmax over nothing

@@ -1,4 +1,5 @@
-"""Train SD, MD and RICE, one loop for all three.
+"""Train SD (the detector of one frame), MD (of a clip) and RICE (which shop image? by three losses: ICL, contrastive;
+PMD, matching of pairs; PFR, rebuilding of patches), one loop for all three.
 
     python train.py                                                the whole quickstart: data, three models, the tables
     python train.py --stage sd                                     one stage; sd, then md, then rice
@@ -6,7 +7,7 @@
     python train.py --overfit 8                                    eight clips by heart: can it learn at all?
     torchrun --nproc_per_node 8 train.py --preset paper --data LPR4M --stage sd --init dab_detr_r50.pth
 
-    flags -> configure -> Config -> prepare(stage): model, samples, order
+    flags -> configure -> Config -> prepare: model, samples, order of an epoch
           -> loop: batch -> loss -> gradient -> AdamW -> RUN/STAGE.jsonl, STAGE.pt -> eval.evaluate -> RUN/results.json
     A run that was stopped goes on where it stood, by the same command.
 
@@ -408,7 +409,8 @@ def train(config, rank, world, device):
 def begin(config, saved, model, kept, path, device, rank):
     """Weights as initialised, those of --init, or those of the checkpoint that the run goes on from.
 
-    -> the optimizer, the first step, and the log, which ends there.
+    -> the optimizer, the first step, and the log, which ends there. kept: what is in each checkpoint besides weights;
+    its "best" is the best value on the val lives so far.
     """
     said = hold_against(config, saved, kept, path) if saved else start_from(model, config.init) if config.init else ""
     optimizer, start = optimizer_of(model.to(device), config), saved["step"] if saved else 0

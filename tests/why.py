@@ -87,9 +87,9 @@ def looks(paths, root):
         for i in evaluation.watch(range(len(samples)), "clips"):
             batch = data.collate_detection([samples[0, i]])
             pictures = data.to_float(batch["frames"].to(device), data.IMAGENET, batch["padding"].to(device))
-            *single, memory = model.single(pictures, batch["padding"].to(device))
+            *single, scene = model.single(pictures, batch["padding"].to(device))
             content, logits, boxes = (x[0].cpu() for x in single)                                # [T,N,C], [T,N,K], [T,N,4]
-            steps = model.temporal(*single, memory, batch["valid"].to(device))
+            steps = model.temporal(*single, scene, batch["valid"].to(device))
             picked = detect.pick(*(step[-1][0].cpu() for step in steps))[0]                      # [T,4]
             extent = box_convert(boxes, "cxcywh", "xyxy") * detect.picture_size(batch["padding"][0])[:, None].repeat(1, 1, 2)
             pixels = roi_align(pictures[0].cpu(), list(extent), 3, sampling_ratio=2).flatten(1).view(*boxes.shape[:2], -1)
