@@ -536,8 +536,8 @@ class Tokenizer:
 
 
 class DetectionSet(Dataset):
-    """Frames with their boxes, `frames` at a time: 1 to train SD (an item a frame), else more (an item a clip, the same
-    frames at even intervals in every epoch).
+    """Frames with their boxes, `frames` at a time: 1 to train SD (an item a frame), else more (in training an item a
+    clip, the same frames at even intervals in every epoch).
 
     frames T x uint8 [3,h,w] (in evaluation None for one that cannot be read), boxes_cxcywh T x [M,4] in 0..1 and labels
     T x [M] (empty in evaluation), size T x (w, h) of the picture that boxes are given in, position T x int, a frame's

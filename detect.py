@@ -519,7 +519,7 @@ class MD(nn.Module):
         return self
 
     def single(self, frames, padding):
-        """SD alone -> contents [B,T,N,C], logits [B,T,N,K], boxes [B,T,N,4]; scene: its memory, position and padding."""
+        """SD alone -> contents [B,T,N,C], logits [B,T,N,K], boxes [B,T,N,4]; scene: memory, position, padding."""
         with torch.no_grad():
             contents, boxes, *scene = self.sd.features(frames.flatten(0, 1), padding.flatten(0, 1))
             logits = self.sd.class_embed(contents[-1])                                           # [B*T,N,K]

@@ -1075,6 +1075,11 @@ def join(pictures, axis, gap=6):
     return sheet
 
 
+def titled(name, row):
+    """A row of pictures, below its name where it has one."""
+    return join([caption(name, row.width), row], 1, 2) if name else row
+
+
 def picture_of(read, name):
     """What read(name) gives (uint8 [3,H,W]; of a frame also the size that its boxes are in), grey when unreadable."""
     try:
@@ -1119,8 +1124,7 @@ def detection_look(rows, lives, names, samples):
                      for method, box in found.items()]
             kind = caption(clip.kinds[t] if clip.kinds else "", width)
             strip.append(join([kind, fit(picture, (width, height), boxes), *texts], 1, 0))
-        row = join(strip, 0, 4) if strip else None
-        return join([caption(name, row.width), row], 1, 2) if strip and name else row
+        return titled(name, join(strip, 0, 4)) if strip else None
 
     missed = sample["true"] - np.bincount(sample["clip"], sample["hit"], len(lives))
     return {"name": "detections", "hard": missed, "row": draw}
@@ -1173,8 +1177,7 @@ def ranking_row(strip, said, answers, name):
     for picture, text, border in answers:
         framed = ImageOps.expand(fit(picture, (SIDE - 8, SIDE - 8)), 4, border)
         cells.append(join([framed, caption(text, SIDE, 3)], 1, 3))
-    row = join(cells, 0)
-    return join([caption(name, row.width), row], 1, 2) if name else row
+    return titled(name, join(cells, 0))
 
 
 @torch.no_grad()
@@ -1253,7 +1256,8 @@ def draw_curves(log, path, result=None):
     lines = []
     for text in Path(log).read_bytes().splitlines() if Path(log).exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):   # a line that a dying process tore
-            lines += [line] if (line := json.loads(text))["step"] >= 0 else []
+            line = json.loads(text)
+            lines += [line] if line["step"] >= 0 else []
     if not lines:
         return None
     final = headline(result) if result else {}
@@ -1390,6 +1394,7 @@ def finite(text):
 
 
 def read_below(folder, name):
+    """Picture `name` below a folder, uint8 [3,H,W]; has a name of its own for loader processes that are not forked."""
     return data.read_picture(Path(folder) / name)
 
 

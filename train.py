@@ -49,7 +49,7 @@ def option(default, group, text, low=None):
     """A field of Config with its flag's group and help; numbers below `low` (whole ones: 1, others: 0) are refused."""
     low = int(isinstance(default, int)) if low is None else low
     about = {"group": group, "help": text, "low": low, "default": default}
-    return field(default_factory=lambda: default, metadata=about)
+    return field(default_factory=lambda: default, metadata=about)          # a dataclass takes no list as a default
 
 
 @dataclass
@@ -337,6 +337,7 @@ def over_all(value, operation=dist.ReduceOp.SUM):
 
 
 def wait_for_all():
+    """A barrier, where there are several processes."""
     if dist.is_initialized():
         dist.barrier()
 
