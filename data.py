@@ -578,7 +578,7 @@ class DetectionSet(Dataset):
 
     def _item(self, epoch, i):
         c, clip, positions = self._find(i)
-        rng = np.random.default_rng((self.seed, epoch, i))
+        rng = np.random.default_rng((self.seed, epoch, i)) if self.augment else None
         low, high, step = self.shortest
         side = low + step * int(rng.integers((high - low) // step + 1)) if self.augment else high
         flip = self.augment and rng.random() < 0.5
@@ -592,7 +592,7 @@ class DetectionSet(Dataset):
                 if self.train:
                     raise
                 image, size, item["bad"] = None, (1, 1), str(error)
-            boxes, labels = self._targets(clip.boxes[t] if self.train else np.zeros((0, 5)), size)
+            boxes, labels = self._targets(clip.boxes[t] if self.train else (), size)
             if flip:
                 image = image.flip(2)
                 boxes[:, 0] = 1 - boxes[:, 0]
@@ -602,6 +602,8 @@ class DetectionSet(Dataset):
 
     def _targets(self, rows, size):
         """Pixel boxes [M,5] -> cxcywh in 0..1 [M,4] clipped to the picture, classes [M]; what lies outside goes."""
+        if not len(rows):
+            return torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
         xyxy = (rows[:, :4] / (*size, *size)).clip(0, 1).astype(np.float32)
         kept = (xyxy[:, 2:] > xyxy[:, :2]).all(1)
         unknown = [int(c) for c in rows[:, 4] if c not in self.categories]
