@@ -291,7 +291,7 @@ class Backbone(nn.Module):
         for n, part in enumerate(parts):
             part = F.max_pool2d(F.relu_(conv_norm(part, self.body.conv1, self.body.bn1)), 3, 2, 1)   # [1,64,H/4,W/4]
             for block in (*self.body.layer1, *self.body.layer2):
-                part = residual(part, block)                                                     # [1,.,h,w]
+                part = residual(part, block)                                                     # [1,.,.,.]
             parts[n] = part
         x = torch.cat(parts)                                                                     # [B,.,H/8,W/8]
         for block in (*self.body.layer3, *self.body.layer4):
