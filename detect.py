@@ -52,7 +52,7 @@ def sine_image(padding, channels):
 
 def sine_anchor(anchors, channels):
     """Anchor boxes [...,4] (cx, cy, w, h in 0..1) -> [..., 2C], in the order y, x, w, h."""
-    return torch.cat([sine(anchors[..., i] * 2 * math.pi, channels // 2, 10000) for i in (1, 0, 2, 3)], -1)
+    return sine(anchors[..., [1, 0, 2, 3]] * 2 * math.pi, channels // 2, 10000).flatten(-2)
 
 
 # ------------------------------------------------------------------ transformer
@@ -286,15 +286,8 @@ class Backbone(nn.Module):
         if self.small:
             return self.body(images, padding)                                                    # [B,channels,h,w]
         x = images.contiguous(memory_format=torch.channels_last)                                 # [B,3,H,W]
-        # The first maps are the largest: a CPU's cache holds those of one picture, not those of a batch.
-        parts = list(x.split(1 if x.device.type == "cpu" else len(x)))                           # [1,3,H,W] each
-        for n, part in enumerate(parts):
-            part = F.max_pool2d(F.relu_(conv_norm(part, self.body.conv1, self.body.bn1)), 3, 2, 1)   # [1,64,H/4,W/4]
-            for block in (*self.body.layer1, *self.body.layer2):
-                part = residual(part, block)                                                     # [1,.,.,.]
-            parts[n] = part
-        x = torch.cat(parts)                                                                     # [B,.,H/8,W/8]
-        for block in (*self.body.layer3, *self.body.layer4):
+        x = F.max_pool2d(F.relu_(conv_norm(x, self.body.conv1, self.body.bn1)), 3, 2, 1)         # [B,64,H/4,W/4]
+        for block in (*self.body.layer1, *self.body.layer2, *self.body.layer3, *self.body.layer4):
             x = residual(x, block)                                                               # [B,channels,h,w]
         return x
 

@@ -16,6 +16,7 @@ R tokens of a clip, W their width; n and q are some of them. Boxes are xyxy in t
 picture on disk, unless its side file tells an original size.
 """
 import contextlib
+import ctypes
 import functools
 import glob
 import hashlib
@@ -307,6 +308,15 @@ def fingerprint(checkpoint):
     for value in checkpoint["model"].values():
         mark.update(value.numpy().tobytes())
     return mark.hexdigest()[:16]
+
+
+def keep_memory():
+    """Let this process keep the memory that it frees, where the allocator is glibc's: given back to the system and taken
+    anew, each 4 KiB of it cost a page fault, on a CPU in all a tenth of a training step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):                            # another allocator or system
+        allocator = ctypes.CDLL(None)
+        allocator.mallopt(-1, 2 ** 31 - 1)                                                    # M_TRIM_THRESHOLD, bytes
+        allocator.mallopt(-4, 0)                                                              # M_MMAP_MAX, pieces
 
 
 def pick_device():
@@ -1649,6 +1659,7 @@ def main(argv=None):
     options = flags().parse_args(argv)
 
     def command():
+        keep_memory()
         if options.json and (not Path(options.json).parent.is_dir() or Path(options.json).is_dir()):
             raise BadInput(f"--json {options.json}: expected a file in a folder that exists")
         paths = list(dict.fromkeys(path for given in options.ckpt for path in sorted(glob.glob(given)) or [given]))

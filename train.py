@@ -663,6 +663,7 @@ def read_weights(path):
 
 
 def run(given):
+    evaluation.keep_memory()
     rank, world = evaluation.start_processes()
     device = evaluation.pick_device()
     wanted = given.get("stage", "all")

@@ -9,7 +9,8 @@
     python tests/bench.py --profile runs/livestreams              instead: where the time of a training step goes (with --before: went)
 
 Each contender is a process of its own, built once, warmed up by one turn; then all of a row take turns, and the table shows the median
-(lowest - highest) of the turns and the peak memory of the process. A ratio is ours over the other's, of the medians.
+(lowest - highest) of the turns and the peak memory of the process. All but the peers keep the memory that
+they free, as train.py and eval.py do. A ratio is ours over the other's, of the medians.
 """
 import argparse
 import inspect
@@ -438,6 +439,9 @@ def work(row, name, times):
     """The other end of a Contender."""
     import torch
     torch.set_num_threads(THREADS)
+    if name not in PEERS:
+        import eval as evaluation
+        getattr(evaluation, "keep_memory", int)()                    # as train.py and eval.py do; an earlier copy may not have it
     once = (ROWS[row][1] if name == "ours" else ROWS[row][3][name])(times)
     for _ in sys.stdin:
         begin = time.perf_counter()
