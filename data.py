@@ -1551,7 +1551,7 @@ def main(argv=None):
         source="folder with train.json, test.json, videos/, imgs/", dir=here)
     for name in ("render", "check", "movingfashion"):
         commands.choices[name].add_argument("--processes", type=int, default=os.cpu_count(), help="processes at work")
-    command = add("dedup", "list near-duplicate shop images in DIR/duplicates.txt, delete nothing", duplicates, dir=here)
+    command = add("dedup", "list near-duplicate shop images in DIR/duplicates.txt; deletes none", duplicates, dir=here)
     command.add_argument("--ckpt", required=True, help="a RICE checkpoint, whose image features are compared")
     command.add_argument("--threshold", type=float, default=0.9, help="cosine above which two images are one")
     given = parser.parse_args(argv)

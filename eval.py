@@ -311,12 +311,12 @@ def fingerprint(checkpoint):
 
 
 def keep_memory():
-    """Let this process keep the memory that it frees, where the allocator is glibc's: given back to the system and taken
-    anew, each 4 KiB of it cost a page fault, on a CPU in all a tenth of a training step."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):                            # another allocator or system
+    """Let this process keep the memory that it frees, where the allocator is glibc's: given back to the system and
+    taken anew, each 4 KiB of it cost a page fault, on a CPU in all up to a tenth of a training step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):                          # another allocator or system
         allocator = ctypes.CDLL(None)
-        allocator.mallopt(-1, 2 ** 31 - 1)                                                    # M_TRIM_THRESHOLD, bytes
-        allocator.mallopt(-4, 0)                                                              # M_MMAP_MAX, pieces
+        allocator.mallopt(-1, 2 ** 31 - 1)                                                   # M_TRIM_THRESHOLD, bytes
+        allocator.mallopt(-4, 0)                                                             # M_MMAP_MAX, pieces
 
 
 def pick_device():
@@ -414,10 +414,12 @@ def predict(model, config, categories, lives, device, every_frame=True, controls
             # A frame that cannot be read has no box; its true boxes stay in the denominator.
             score = score.where(batch["valid"][real], -1)
             new[name] = torch.cat([xyxy, score[:, None], category[:, None]], 1)
-        for name, value in new.items():
-            rows.setdefault(name, []).append(value.numpy())
+        for name, value in new.items():           # one buffer that grows: small arrays, kept, would tear the heap apart
+            rows.setdefault(name, bytearray()).extend(value.numpy().tobytes())
     # In the order of the split on any number of processes, of which some may have had no clip.
-    parts = [part for part in everyones({name: np.concatenate(value) for name, value in rows.items()}) if part]
+    types = {"clip": np.int64, "position": np.int64}
+    rows = {name: np.frombuffer(value, types.get(name, (np.float32, 6))) for name, value in rows.items()}
+    parts = [part for part in everyones(rows) if part]
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((rows["position"], rows["clip"]))
     return {name: value[order] for name, value in rows.items()}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -164,6 +165,25 @@ def test_a_killed_process_is_started_again_from_the_last_checkpoint(livestreams,
     assert done.returncode == 0 == ended(whole).returncode, done.stderr[-2000:]
     one, two = (evaluation.read_checkpoint(tmp_path / part / "sd.pt") for part in ("whole", "cut"))
     assert two["step"] == 40 and all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_memory_that_is_freed_stays():
+    code = """
+import resource, torch, eval as evaluation
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(20_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given = faults()
+evaluation.keep_memory()
+faults()
+print(given, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    given, kept = map(int, done.stdout.split())
+    assert given > 10_000 and kept < 100, (given, kept)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
