@@ -126,7 +126,7 @@ PRESETS = {
                 "keep": [12, 8, 4]},
         "sd": {"steps": 800, "batch": 32, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 50},
         "md": {"steps": 440, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
-        "rice": {"steps": 350, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1,
+        "rice": {"workers": 2, "steps": 350, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1,
                  "weight_decay": 0.05, "clip_norm": 5.0, "train_frames": 3, "per_live": 24, "width": 128, "layers": 2,
                  "vit_heads": 4, "patch": 0, "size": 64, "embedding": 128}},
     "small": {
