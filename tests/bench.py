@@ -9,8 +9,8 @@
     python tests/bench.py --profile runs/livestreams              instead: where the time of a training step goes (with --before: went)
 
 Each contender is a process of its own, built once, warmed up by one turn; then all of a row take turns, and the table shows the median
-(lowest - highest) of the turns and the peak memory of the process. All but the peers keep the memory that
-they free, as train.py and eval.py do. A ratio is ours over the other's, of the medians.
+(lowest - highest) of the turns and the peak memory of the process. A ratio is ours over the other's, of the medians. All keep the memory
+that they free, as train.py and eval.py do, but for the peers, the members of `processes` and an earlier copy that did not yet.
 """
 import argparse
 import inspect
