@@ -45,6 +45,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -60,7 +61,7 @@ import sentencepiece
 import torch
 import torchvision.io
 from PIL import Image, ImageDraw, ImageFilter
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -849,6 +850,20 @@ def shard_batches(numbers, batch, rank=0, world=1):
     """Evaluation: each of `numbers` once over all processes, no padding and nothing left out, `batch` at a time."""
     mine = [(0, i) for i in numbers[rank::world]]
     return [mine[k:k + batch] for k in range(0, len(mine), batch)]
+
+
+def load(dataset, batches, workers, device, collate=None):
+    """`batches`, lists of what the data set is asked for, made by as many processes as `workers` while others compute."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                      pin_memory=device.type == "cuda", worker_init_fn=stand_back)
+
+
+def stand_back(_):
+    """Make a loader leave Ctrl-C and SIGTERM, which reach the whole group, to the process that it loads for, and run
+    where that leaves a core idle: a thread of a matrix product that has to wait for its core keeps all others waiting."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(19)
 
 
 # ------------------------------------------------------------------ a room of its own: rendered livestreams

@@ -38,7 +38,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.functional import logsigmoid
-from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
@@ -398,7 +397,7 @@ def predict(model, config, categories, lives, device, every_frame=True, controls
     pixels = config["frames"] * config["shortest"][1] * config["longest"]
     together = max(1, 10 ** 6 // pixels) if config["backbone"] == "small" else 1
     shard = data.shard_batches(range(len(dataset)), together, *start_processes())
-    batches = DataLoader(dataset, batch_sampler=shard, num_workers=config["workers"], collate_fn=data.collate_detection)
+    batches = data.load(dataset, shard, config["workers"], device, data.collate_detection)
     rows = {}
     for batch in watch(batches, f"detect {lives.split}"):
         valid, padding = batch["valid"].to(device), batch["padding"].to(device)
@@ -629,7 +628,7 @@ class Embedder:
         """Samples `numbers` of what `shop` or `clips` gave -> embedding [n,D], tokens [n,R,W] (of images [n,1+P+1,W];
         not with tokens=False), of clips their padding [n,R] too, and whether anything could be read [n]."""
         workers = self.config["workers"] * (len(numbers) > 64)           # one batch is not worth another process
-        batches = DataLoader(dataset, batch_sampler=data.shard_batches(numbers, 64), num_workers=workers)
+        batches = data.load(dataset, data.shard_batches(numbers, 64), workers, self.device)
         rows = []
         for batch in watch(batches, progress) if progress else batches:
             batch = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in batch.items()}

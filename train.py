@@ -34,7 +34,6 @@ import torch.distributed as dist
 import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -363,8 +362,7 @@ def train(config, rank, world, device):
     if world > 1:
         wrapped = DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None)
     sampler = data.step_batches(order, config.batch, config.steps, start, config.seed, rank, world)
-    batches = DataLoader(samples, batch_sampler=sampler, num_workers=config.workers, collate_fn=collate,
-                         pin_memory=device.type == "cuda", worker_init_fn=deaf)
+    batches = data.load(samples, sampler, config.workers, device, collate)
     unread = {}                                                                  # clip -> why it cannot be read
     wrong = torch.tensor(math.inf, device=device)                                # first step that was not finite
 
@@ -507,12 +505,6 @@ def heard():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def deaf(_):
-    """Make a worker leave Ctrl-C and SIGTERM, which reach the whole group, to the process that it loads for."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def save(path, checkpoint):
