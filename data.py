@@ -25,9 +25,9 @@
 Data flow:  Lives (rows of text) -> Clip (ids, boxes, texts) -> DetectionSet or PairSet (tensors of one sample)
             -> batches (collate_detection pads) by step_batches, in an order that is a function of (seed, step) alone.
 
-Items:  asked for by (epoch, i), augmented as a function of (seed, epoch, i) alone; a dict of `clip` (of clips), its
-        number in the split, `bad`, what could not be read ("": nothing), and what its set's docstring lists. A training
-        item of which anything cannot be read is empty; in evaluation only the frame that cannot be read is missing.
+Items:  asked for by (epoch, i), augmented as a function of (seed, epoch, i) alone; a dict of `clip`, the clip's number
+        in the split (not in ImageSet's), `bad`, what could not be read ("": nothing), and what the set's docstring
+        lists. A training item of which anything cannot be read is empty; in evaluation only the frame is missing.
 
 Letters: B batch, T frames, M boxes of a frame, F boxes of a split, H W pixels, S side of a square view, P patches,
 N tokens of a text. Another dataset is one more converter that writes this layout, as `movingfashion` does.
@@ -69,7 +69,7 @@ from tqdm import tqdm
 # torchvision's JPEG decoder is the fastest at hand (540 x 960 to 480: 3.3 ms of one core with the resize, Pillow's
 # draft mode 8.6; to 224: 3.5 and 3.7); since 0.29 every call announces its successor, another package.
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities of TorchVision are deprecated")
-# What Python says of a list in a row, and torch of a checkpoint that is none, names no file; ours is the one line.
+# Warnings of ast.literal_eval and torch.load name no file; the BadInput that follows them does.
 warnings.filterwarnings("ignore", message="invalid escape sequence", category=SyntaxWarning)
 warnings.filterwarnings("ignore", message="Detected pickle protocol")
 
@@ -220,7 +220,7 @@ def _index(path, complain=None):
     """One pass over a training file -> [rows] of ROW, and {category id: name}.
 
     Kept in a file beside it, where the folder can be written to, until the training file's size or time changes.
-    complain(text): told of every row that is none, which is left out then; without it the first one is an error.
+    complain(text): told of every line that is no valid row, which is left out then; without it the first is an error.
     """
     stamp = [path.stat().st_size, path.stat().st_mtime_ns]
     kept = path.with_name(f".{path.name}.index.npz")
@@ -264,7 +264,7 @@ class Lives:
     lengths [clips]: frames of each; frame_counts [clips]: the annotated ones. Of training rows also product and live
     [clips], image ids (-1: none) and live ids as numbers, and categories {raw id: name} in order of id; a detector's
     class k is the k-th. A test clip is any that has an ASR row, a true image or a true box; none is left out.
-    A training file is kept as an array of byte offsets; nothing grows with the number of frames.
+    A training file is kept as ROW says, 33 bytes a clip; nothing grows with the number of frames.
     complain(text): told file:row of every bad training row, which is passed over; without it the first raises BadInput.
     """
 
@@ -624,7 +624,7 @@ def collate_detection(items, multiple=16):
     M = max([1] + [len(labels) for item in items for labels in item.get("labels", ())])
     there = [image for item in items for image in item["frames"] if image is not None]
     H, W = (multiple * math.ceil(max([1] + [image.shape[d] for image in there]) / multiple) for d in (1, 2))
-    # Channels last in memory, as the decoder leaves a picture and as convolutions like it: no copy turns it on the way.
+    # Channels last in memory, as the JPEG decoder leaves a picture and as convolutions like it: no copy turns it.
     frames = torch.zeros(B, T, H, W, 3, dtype=torch.uint8).movedim(-1, 2)
     batch = {"frames": frames, "padding": torch.ones(B, T, H, W, dtype=torch.bool),
              "valid": torch.zeros(B, T, dtype=torch.bool), "boxes_cxcywh": torch.zeros(B, T, M, 4),
@@ -763,12 +763,13 @@ class PairSet(Dataset):
             if len(rows):                       # from the boxes' pixels to the picture's; what sticks out of it goes
                 box = (self.boxes["box"][rows[j], :4] * (edges / np.tile(size, 2))).clip(0, edges)
             view, kept = self._view(image, box, rng)
-            views.append(self._augment(view, rng))
-            keep.append(kept)
+            view, mirrored = self._augment(view, rng)
+            views.append(view)
+            keep.append(kept.view(self.grid, self.grid).flip(1).flatten() if mirrored else kept)
         item = self._filled(views, keep, c, clip.asr, clip.title, bad)
         if self.train:
             shop = TF.resize(self.lives.image(clip.image_ids[0]), (self.size, self.size), antialias=True)
-            item |= {"image": self._augment(shop, rng), "product": int(self.lives.product[c])}
+            item |= {"image": self._augment(shop, rng)[0], "product": int(self.lives.product[c])}
         return item
 
     def _view(self, image, box, rng):
@@ -785,13 +786,13 @@ class PairSet(Dataset):
         return view, kept if self.view == "mask" and kept.any() else torch.ones_like(kept)
 
     def _augment(self, view, rng):
-        """Half of the pictures mirrored, all a little brighter or darker and in another light: uint8 [3,S,S]."""
+        """Half of the pictures mirrored, all a little brighter or darker and in another light: -> uint8 [3,S,S], and
+        whether it is mirrored."""
         if not self.augment:
-            return view
-        if rng.random() < 0.5:
-            view = view.flip(2)
+            return view, False
+        mirrored = rng.random() < 0.5
         light = torch.from_numpy(rng.uniform(0.85, 1.15) * rng.uniform(0.95, 1.05, (3, 1, 1))).float()
-        return (view * light).clamp(0, 255).to(torch.uint8)
+        return ((view.flip(2) if mirrored else view) * light).clamp(0, 255).to(torch.uint8), mirrored
 
 
 class ImageSet(Dataset):
@@ -853,14 +854,14 @@ def shard_batches(numbers, batch, rank=0, world=1):
 
 
 def load(dataset, batches, workers, device, collate=None):
-    """`batches`, lists of what the data set is asked for, made by as many processes as `workers` while others compute."""
+    """`batches`, lists of what the data set is asked for, made by `workers` processes while this one computes."""
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                       pin_memory=device.type == "cuda", worker_init_fn=stand_back)
 
 
 def stand_back(_):
     """Make a loader leave Ctrl-C and SIGTERM, which reach the whole group, to the process that it loads for, and run
-    where that leaves a core idle: a thread of a matrix product that has to wait for its core keeps all others waiting."""
+    at the lowest priority: on the core of a computing thread it would hold up all threads of a matrix product."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.nice(19)

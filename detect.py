@@ -43,7 +43,8 @@ def sine_image(padding, channels):
     """Position of every memory token: padding [B,h,w] -> [B,h,w,C], y in the first half and x in the second.
 
     The image's temperature is 20 (DAB-DETR's choice: tokens are few and coarse, long wavelengths tell nothing apart);
-    the anchors' is 10000, as in DETR: their centres and sizes are continuous, for the MLP behind to read.
+    the anchors' is 10000, as in DETR: their centres and sizes are continuous, for the MLP
+    behind to read; attend_near_the_anchor says how the two meet in cross-attention.
     """
     y, x = (~padding).cumsum(1, dtype=torch.float32), (~padding).cumsum(2, dtype=torch.float32)  # [B,h,w]
     y, x = y / (y[:, -1:] + 1e-6) * 2 * math.pi, x / (x[:, :, -1:] + 1e-6) * 2 * math.pi         # [B,h,w]
@@ -194,8 +195,9 @@ class Decoder(nn.Module):
         x, contents, references = torch.zeros(*anchors.shape[:2], self.dim, device=anchors.device), [], []  # [B,N,C]
         reference = anchors                                                                      # [B,N,4]
         for i, layer in enumerate(self.layers):
-            # The anchor that a layer computes with is detached, the content x never is. The copy from which the layer's
-            # reported box starts is not, so the loss on this box still reaches the box head of the layer before.
+            # The anchor that a layer computes with is detached (the first is learned), the content x never is. The copy
+            # from which the layer's reported box starts is not detached, so the loss on this box still reaches the box
+            # head of the layer before. Reported boxes are made from normed contents, the next anchor is not.
             references.append(reference)
             anchors = reference if i == 0 else reference.detach()                                # [B,N,4]
             x = layer(x, *self.positions(anchors, x, scaled=i > 0), memory, position, padding)   # [B,N,C]
@@ -476,7 +478,8 @@ def keep_best(logits, k, *tensors):
 class TTMStep(nn.Module):
     """One step of the TTM: all frames' queries attend to each other, then to their own frame's memory, then are scored.
 
-    queries [B,T,k,C], boxes [B,T,k,4] (SD's), memory [B*T,S,C] -> queries [B,T,k,C], logits [B,T,k,K], boxes [B,T,k,4]
+    queries [B,T,k,C], boxes [B,T,k,4] (SD's), memory, position [B*T,S,C], padding [B*T,S], absent [B,T]: frames that
+    are not there; positions_of: SD's frozen Decoder.positions -> queries [B,T,k,C], logits [B,T,k,K], boxes [B,T,k,4]
     """
 
     def __init__(self, classes, dim, heads, ffn):
@@ -530,8 +533,8 @@ class MD(nn.Module):
         all_logits, all_boxes = [], []
         absent = ~valid & valid.any(1, keepdim=True)       # [B,T]; where no frame is there, all take part
         for k, step in zip(self.steps, self.ttm):
-            # Selected with each step's own scores, but the box that each query refines is always the one SD gave it
-            # (TransVOD Lite's rule): every step is a correction of SD, none of another step.
+            # Selected by the scores of the step before (at first SD's), but the box that each query refines is always
+            # the one SD gave it (TransVOD Lite's rule): the boxes of a step correct SD's, never another step's.
             queries, boxes = keep_best(logits, k, queries, boxes)                                # [B,T,k,C], [B,T,k,4]
             queries, logits, refined = step(queries, boxes, self.sd.transformer["decoder"].positions, *scene, absent)
             all_logits.append(logits)
@@ -607,7 +610,7 @@ def assign(cost):
 
 
 def giou(boxes1_xyxy, boxes2_xyxy):
-    """Generalised IoU of broadcast boxes [...,4] -> [...], with DETR's 1e-6 that keeps empty boxes finite."""
+    """Generalised IoU of broadcast boxes [...,4] -> [...], with DAB-DETR's 1e-6 that keeps empty boxes finite."""
     (low1, high1), (low2, high2) = ((b[..., :2], b[..., 2:]) for b in (boxes1_xyxy, boxes2_xyxy))
     inner = (torch.minimum(high1, high2) - torch.maximum(low1, low2)).clamp(min=0).prod(-1)
     hull = (torch.maximum(high1, high2) - torch.minimum(low1, low2)).prod(-1)
@@ -635,7 +638,7 @@ def matching_cost(logits, boxes, labels, targets):
 def match(logits, boxes, labels, targets):
     """Which query stands for which target, in every layer: [L,B,M], -1 where a target is padding or finds no query.
 
-    With at most one box a frame, the usual case, this is an argmin and never leaves the device.
+    Where no frame of the batch has two boxes, the usual case, this is an argmin and never leaves the device.
     """
     cost = matching_cost(logits, boxes, labels, targets)                                         # [L,B,N,M]
     if labels.shape[-1] == 1:

@@ -10,10 +10,10 @@
 Data flow:  checkpoint -> model -> one box a frame for every frame of the split -> AP
                                 -> one embedding a clip and a shop image -> similarity -> rank-k in each live's gallery
 
-Letters: Q clips (queries), M shop images, G pairs of boxes, F frames (or what was found in them, one each), L IoU
-levels, D length of an embedding, B batch, T frames of a clip, N boxes of a frame, K classes, P patches of a picture,
-R tokens of a clip, W their width; n and q are some of them. Boxes are xyxy in the annotation's pixels: those of the
-picture on disk, unless its side file tells an original size.
+Letters: Q clips (queries), M shop images, G true boxes or pairs of boxes, F frames (or what was found in them, one
+each), L IoU levels, D length of an embedding, B batch, T frames of a clip, N boxes of a frame, K classes, P patches of
+a picture, R tokens of a clip, W their width; n and q are some of them. Boxes are xyxy in the annotation's pixels: those
+of the picture on disk, unless its side file tells an original size.
 """
 import contextlib
 import ctypes
@@ -129,7 +129,8 @@ def _greedy(pair_d, pair_t, iou, rank, ignored):
 
 
 def precision_at_recalls(right, shown, total):
-    """right [L,F], shown [L,F]: how many there are among the first; of `total` -> precision made to fall [L,101]."""
+    """right, shown [L,F]: how many of the first boxes are right and count at all; total: how many true boxes there are
+    -> the precision at 101 recalls, made to fall [L,101]."""
     precision = np.maximum.accumulate((right / np.maximum(shown, 1))[:, ::-1], 1)[:, ::-1]
     return np.stack([np.append(row, 0)[np.searchsorted(recall, np.linspace(0, 1, 101))]
                      for row, recall in zip(precision, right / total)])
@@ -427,7 +428,7 @@ def predict(model, config, categories, lives, device, every_frame=True, controls
 def answers_of(model, frames, padding, valid, controls):
     """{method: (logits [B,T,N,K], boxes [B,T,N,4])} of a batch: "sd", "md", and two controls.
 
-    "md1" is MD with each frame as its own clip: what the TTM's layers gain by more training, without time. "vote" is SD
+    "md1" is MD, as trained, with each frame as its own clip: what it gains by more layers and training. "vote" is SD
     whose clip votes on the category, without training: what time gains without comparing products.
     """
     if not isinstance(model, detect.MD):
@@ -536,8 +537,8 @@ def truth_of(rows, lives, categories):
 def score_detections(rows, lives, categories):
     """Table 1 of each method in `rows`, in percent: {method: {"class-agnostic": {column: AP}, "per category": ...,
     "hit": share of frames with a true box, "category": share of boxes named right, "kinds": {kind of frame: ...}}},
-    what was counted, and per method what `ap50` needs: clip [F], score [F], hit [F] (IoU 0.5 or more), true [Q], the
-    boxes of each clip."""
+    what was counted, and per method what `ap50` needs: clip [F], score [F], hit [F] (IoU 0.5 or more), true [Q], how
+    many true boxes each clip has."""
     truth, kinds = truth_of(rows, lives, categories)
     frame, told = truth["image"], (truth["category"] >= 0).all()
     video_ids = [lives.video_ids[c] for c in rows["clip"]]

@@ -140,7 +140,8 @@ class Gather(torch.autograd.Function):
 
     Each process takes the mean loss of its own B rows, but its rows take part in the others' losses too. So the
     gradient of its rows is the sum of what all processes found for them (all_reduce, then its own slice). DDP then
-    averages over processes, and the mean over B rows of each becomes the mean over all A rows: no other factor.
+    averages over processes, and the mean over B rows of each becomes the mean over all A rows: no other factor where
+    all rows count (where some do not, mean_of_pairs divides by those that do, on all processes).
     """
 
     @staticmethod
@@ -329,7 +330,8 @@ class RICE(nn.Module):
     """One image encoder for both views, with text, and the three losses.
 
     `loss` is what training asks for; evaluation asks encode_images and encode_clips for embeddings, whose product is
-    the ranking, and `pmd` for scores. A fourth loss is one more term of `loss`, named in eval.CHOICES; logs show it.
+    the ranking, and `pmd` for scores. A fourth loss is one more term of `loss`, its weights made in __init__,
+    divided by mean_of_pairs, and named in eval.CHOICES; logs and curves show it.
     vit: arguments of ViT. vocab: size of the tokenizer. negatives: "hard" or "rand". losses: which of icl, pmd, pfr.
     """
 

@@ -12,7 +12,7 @@ PMD, matching of pairs; PFR, rebuilding of patches), one loop for all three.
     A run that was stopped goes on where it stood, by the same command.
 
 The file: configuration; what differs between the stages; a step; the loop; then what a long run needs besides: stopping
-and going on, public weights, the command. B counts a process's samples, as in the models.
+and going on, public weights, the command.
 """
 import argparse
 import contextlib
@@ -408,7 +408,7 @@ def train(config, rank, world, device):
 def begin(config, saved, model, kept, path, device, rank):
     """Weights as initialised, those of --init, or those of the checkpoint that the run goes on from.
 
-    -> the optimizer, the first step, and the log, which ends there. kept: what is in each checkpoint besides weights;
+    -> the optimizer, the first step, and the log, cut to it. kept: what is in each checkpoint besides weights;
     its "best" is the best value on the val lives so far.
     """
     said = hold_against(config, saved, kept, path) if saved else start_from(model, config.init) if config.init else ""

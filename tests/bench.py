@@ -6,6 +6,8 @@
     python tests/bench.py --before OLD_CHECKOUT                   and an earlier copy of this project
     python tests/bench.py --rows sd,ap --repeats 9 --json FILE    some rows; all figures as JSON
     python tests/bench.py --grow                                  instead: each work at 1, 2, 4 and 8 times its size
+    python tests/bench.py --race OLD_CHECKOUT                     instead: the whole quickstart beside an earlier copy's, ten seconds each
+                                                                  in turns, the other one stopped (about half an hour)
     python tests/bench.py --profile runs/livestreams              instead: where the time of a training step goes (with --before: went)
 
 Each contender is a process of its own, built once, warmed up by one turn; then all of a row take turns, and the table shows the median
@@ -18,6 +20,8 @@ import json
 import os
 import platform
 import resource
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -495,6 +499,45 @@ def grow(names, repeats):
     return result
 
 
+def race(before, turn=10):
+    """Seconds that `python train.py` runs, ours and an earlier copy's, until each stage has its results."""
+    from eval import table
+    with tempfile.TemporaryDirectory() as folder:
+        places = {who: Path(folder) / who for who in ("ours", "before")}
+        running, spent, marks = {}, dict.fromkeys(places, 0.0), {who: {} for who in places}
+        for (who, place), code in zip(places.items(), (HERE, Path(before))):
+            place.mkdir()
+            for file in code.glob("*.py"):
+                shutil.copy(file, place)
+            with open(place / "said", "w") as said:
+                running[who] = subprocess.Popen([sys.executable, "train.py"], cwd=place, stdout=said, stderr=said, start_new_session=True)
+            os.killpg(running[who].pid, signal.SIGSTOP)
+        try:
+            while running:
+                for who, process in list(running.items()):
+                    begin = time.perf_counter()
+                    os.killpg(process.pid, signal.SIGCONT)
+                    try:
+                        process.wait(turn)
+                        del running[who]
+                    except subprocess.TimeoutExpired:
+                        os.killpg(process.pid, signal.SIGSTOP)
+                    spent[who] += time.perf_counter() - begin
+                    results = places[who] / "runs/tiny/results.json"
+                    done = json.loads(results.read_text()) if results.exists() else {}
+                    marks[who] = {stage: spent[who] for stage in done} | marks[who]
+                    if process.returncode:
+                        sys.exit(f"{who}: {(places[who] / 'said').read_text()[-1000:]}")
+        finally:
+            for process in running.values():
+                os.killpg(process.pid, signal.SIGKILL)
+    stages = list(marks["ours"])
+    rows = [(who, *(f"{mark[stage]:.0f}" for stage in stages)) for who, mark in marks.items()]
+    rows.append(("ours / before", *(f"{marks['ours'][stage] / marks['before'][stage]:.3f}" for stage in stages)))
+    print(table(("seconds until the results of", *stages), rows, True))
+    return marks
+
+
 def profile(folder, steps=10):
     """Share of each part of a training step, by torch.profiler, for the stages of the tiny preset."""
     import torch
@@ -539,6 +582,7 @@ def main():
     parser.add_argument("--before", help="folder of an earlier copy of this project")
     parser.add_argument("--json", help="write all figures to this file")
     parser.add_argument("--grow", action="store_true", help="each work at 1, 2, 4, 8 times its size")
+    parser.add_argument("--race", metavar="OLD", help="whole quickstarts in turns with that of an earlier copy of this project")
     parser.add_argument("--profile", metavar="DATA", help="where the time of a training step goes, on this data folder")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -551,7 +595,7 @@ def main():
     setting = {"threads": THREADS, "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
                "machine": platform.machine(), "repeats": flags.repeats}
     print(", ".join(f"{name} {value}" for name, value in setting.items()), "\n")
-    result = (profile(flags.profile) if flags.profile else grow(names, flags.repeats) if flags.grow
+    result = (race(flags.race) if flags.race else profile(flags.profile) if flags.profile else grow(names, flags.repeats) if flags.grow
               else compare(names, flags.repeats, flags.peer_python, flags.before))
     if flags.json:
         Path(flags.json).write_text(json.dumps({"setting": setting, "figures": result}, indent=1))

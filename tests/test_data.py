@@ -1,5 +1,6 @@
 """data.py: the layout and its errors, the renderer, samples, batches, order."""
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -292,6 +293,23 @@ def test_pairs_see_the_clip_through_its_boxes(livestreams):
     assert data.square_view(image, (20, 10, 30, 20), 16, margin=2.0).float().mean() == pytest.approx(255 / 4, rel=0.1)
     with pytest.raises(BadInput, match="--view frame"):
         data.PairSet(lives, tokenizer, 2, 32, 2, "box", None, True)
+
+
+def test_a_mirrored_frame_keeps_the_patches_of_its_box(livestreams, monkeypatch):
+    lives = data.Lives(livestreams, "train")
+    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    image[:, :20, :30] = 200                                                       # the box: a quarter of the picture, top left
+    monkeypatch.setattr(lives, "frame", lambda name: (image, (60, 40)))
+    boxes = data.true_boxes(lives)
+    boxes["box"][:, :4] = 0, 0, 29, 19
+    samples = data.PairSet(lives, data.Tokenizer(torch.zeros(0, dtype=torch.uint8)), 2, 32, 2, "mask", boxes, True)
+    seen = set()
+    for epoch, i in itertools.product(range(4), range(len(samples))):
+        item = samples[(epoch, i)]
+        bright = item["frames"].float().mean(1).unfold(1, 16, 16).unfold(2, 16, 16).mean((3, 4)).flatten(1) > 50        # [T,P]
+        assert torch.equal(bright, item["keep"])
+        seen |= {tuple(kept) for kept in item["keep"].tolist()}
+    assert seen == {(True, False, False, False), (False, True, False, False)}
 
 
 def test_a_box_without_category_trains_nobody(tmp_path, livestreams):
