@@ -7,9 +7,9 @@
     ASR and title -> text encoder -> one token more for the PMD, and added to a half of the ICL embedding [B,2D]
 
 Letters: B pairs of this process, A pairs of all processes, T frames, S side in pixels, P patches of a picture, W token
-width, D embedding, N text tokens, Q tokens of an image (1+P and its text), R tokens of a clip, C candidate clips of an
-image, G and g patches on a side, `heads` of attention. Masks called `padding` are True where there is nothing; `keep`
-and `valid` are True where there is something.
+width, D embedding, N tokens of a text (in a Block: of any row), Q tokens of an image (1+P and its text), R tokens of a
+clip, C candidate clips of an image, G and g patches on a side, `heads` of attention. Masks called `padding` are True
+where there is nothing; `keep` and `valid` are True where there is something.
 """
 import math
 import pickle
