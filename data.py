@@ -616,16 +616,17 @@ class DetectionSet(Dataset):
 
 
 def collate_detection(items, multiple=16):
-    """Items -> frames uint8 [B,T,3,H,W], padding [B,T,H,W] (True = padded), valid [B,T] (False = no such frame, or it
-    cannot be read), boxes_cxcywh [B,T,M,4], labels [B,T,M] (-1: no box), size [B,T,2] (w, h), clip [B],
-    position [B,T] (-1: no such frame), bad: list [B]; H and W are a multiple of `multiple`."""
+    """Items -> frames uint8 [B,T,3,H,W], padding [B,T,H,W] (True: padded, its pixels mean nothing), valid [B,T] (False:
+    no such frame, or it cannot be read), boxes_cxcywh [B,T,M,4], labels [B,T,M] (-1: no box), size [B,T,2] (w, h), clip
+    [B], position [B,T] (-1: no such frame), bad: list [B]; H and W are a multiple of `multiple`."""
     B = len(items)
     T = max([1] + [len(item["frames"]) for item in items])
     M = max([1] + [len(labels) for item in items for labels in item.get("labels", ())])
     there = [image for item in items for image in item["frames"] if image is not None]
     H, W = (multiple * math.ceil(max([1] + [image.shape[d] for image in there]) / multiple) for d in (1, 2))
-    # Channels last in memory, as the JPEG decoder leaves a picture and as convolutions like it: no copy turns it.
-    frames = torch.zeros(B, T, H, W, 3, dtype=torch.uint8).movedim(-1, 2)
+    # Channels last in memory, as the JPEG decoder leaves a picture and as convolutions like it: no copy turns it. What
+    # is padded is left unwritten, for to_float makes it 0.
+    frames = torch.empty(B, T, H, W, 3, dtype=torch.uint8).movedim(-1, 2)
     batch = {"frames": frames, "padding": torch.ones(B, T, H, W, dtype=torch.bool),
              "valid": torch.zeros(B, T, dtype=torch.bool), "boxes_cxcywh": torch.zeros(B, T, M, 4),
              "labels": torch.full((B, T, M), -1), "size": torch.ones(B, T, 2),
