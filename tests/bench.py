@@ -555,6 +555,8 @@ def profile(folder, steps=10):
             with record_function(_label):
                 return _call(*arguments, **named)
         setattr(place, name, marked)
+    if hasattr(evaluation, "keep_memory"):
+        evaluation.keep_memory()
     result, rows = {}, []
     with tempfile.TemporaryDirectory() as out:
         for stage in train.STAGES:
