@@ -2,7 +2,9 @@
 import hashlib
 import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 
 import numpy as np
@@ -546,3 +548,13 @@ def test_a_hopeless_training_file_is_one_line(tmp_path, content, capsys):
     with pytest.raises(BadInput, match="annotations"):
         lives = data.Lives(tmp_path, "train")
         lives.clip(0)
+
+
+class Standing(torch.utils.data.Dataset):
+    def __getitem__(self, key):
+        return os.nice(0), *(signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM))
+
+
+def test_a_loader_leaves_signals_and_cores_to_the_process_it_loads_for():
+    here, there = (next(iter(data.load(Standing(), [[0]], workers, torch.device("cpu")))) for workers in (0, 1))
+    assert [int(x) for x in here] == [os.nice(0), 0, 0] and [int(x) for x in there] == [19, 1, 1]
