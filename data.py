@@ -865,7 +865,8 @@ def stand_back(_):
     at the lowest priority: on the core of a computing thread it would hold up all threads of a matrix product."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    os.nice(19)
+    if hasattr(os, "nice"):                                                      # Windows has none
+        os.nice(19)
 
 
 # ------------------------------------------------------------------ a room of its own: rendered livestreams

@@ -43,8 +43,8 @@ def sine_image(padding, channels):
     """Position of every memory token: padding [B,h,w] -> [B,h,w,C], y in the first half and x in the second.
 
     The image's temperature is 20 (DAB-DETR's choice: tokens are few and coarse, long wavelengths tell nothing apart);
-    the anchors' is 10000, as in DETR: their centres and sizes are continuous, for the MLP
-    behind to read; attend_near_the_anchor says how the two meet in cross-attention.
+    the anchors' is 10000, as in DETR: their centres and sizes are continuous, for the MLP behind to read. How the two
+    meet in cross-attention stands at attend_near_the_anchor.
     """
     y, x = (~padding).cumsum(1, dtype=torch.float32), (~padding).cumsum(2, dtype=torch.float32)  # [B,h,w]
     y, x = y / (y[:, -1:] + 1e-6) * 2 * math.pi, x / (x[:, :, -1:] + 1e-6) * 2 * math.pi         # [B,h,w]
@@ -195,9 +195,9 @@ class Decoder(nn.Module):
         x, contents, references = torch.zeros(*anchors.shape[:2], self.dim, device=anchors.device), [], []  # [B,N,C]
         reference = anchors                                                                      # [B,N,4]
         for i, layer in enumerate(self.layers):
-            # The anchor that a layer computes with is detached (the first is learned), the content x never is. The copy
-            # from which the layer's reported box starts is not detached, so the loss on this box still reaches the box
-            # head of the layer before. Reported boxes are made from normed contents, the next anchor is not.
+            # The anchor that a layer computes with is detached (the first is learned), the content x never is. What the
+            # layer's reported box starts from is not detached, so the loss on this box still reaches the box head of
+            # the layer before. Reported boxes are made from normed contents, the next anchor is not.
             references.append(reference)
             anchors = reference if i == 0 else reference.detach()                                # [B,N,4]
             x = layer(x, *self.positions(anchors, x, scaled=i > 0), memory, position, padding)   # [B,N,C]

@@ -330,8 +330,8 @@ class RICE(nn.Module):
     """One image encoder for both views, with text, and the three losses.
 
     `loss` is what training asks for; evaluation asks encode_images and encode_clips for embeddings, whose product is
-    the ranking, and `pmd` for scores. A fourth loss is one more term of `loss`, its weights made in __init__,
-    divided by mean_of_pairs, and named in eval.CHOICES; logs and curves show it.
+    the ranking, and `pmd` for scores. A fourth loss is one more term of `loss`, its layers made in
+    __init__, its mean taken by mean_of_pairs, and named in eval.CHOICES; logs and curves show it.
     vit: arguments of ViT. vocab: size of the tokenizer. negatives: "hard" or "rand". losses: which of icl, pmd, pfr.
     """
 

@@ -265,6 +265,8 @@ def test_batches_pad_frames_clips_and_boxes(livestreams):
     assert batch["frames"].shape == (3, 2, 3, 48, 48) and batch["position"].tolist()[:2] == [[0, 2], [1, 3]]
     assert batch["valid"].tolist() == [[True, True], [True, True], [True, False]]
     assert not batch["padding"][0].any() and batch["padding"][2, 1].all()
+    pixels = data.to_float(torch.full_like(batch["frames"], 77), data.IMAGENET, batch["padding"])
+    assert not pixels[2, 1].any() and pixels[0].all()                           # whatever lies where nothing was written
     lives = data.Lives(livestreams, "train")
     samples = data.DetectionSet(lives, lives.categories, 4, (48, 48, 16), 100, True)
     for i in range(8):
