@@ -22,15 +22,18 @@
 
     video_id = live_id-start_ms-end_ms,  frame_id = video_id-index.  A live id may hold hyphens itself.
 
-Data flow:  Lives (rows of text) -> Clip (ids, boxes, texts) -> DetectionSet or PairSet (tensors of one sample)
-            -> batches (collate_detection pads) by step_batches, in an order that is a function of (seed, step) alone.
+Data flow:  rows of text -> Lives -> Clip: ids, boxes [M,5] of each frame, texts
+    -> DetectionSet: T x [3,h,w], T x [M,4] -> collate_detection: frames [B,T,3,H,W], boxes_cxcywh [B,T,M,4] -> SD, MD
+    -> PairSet: frames [T,3,S,S], image [3,S,S], asr, title [N] -> stacked, [B,...]                          -> RICE
+    Batches come in an order that is a function of (seed, step) alone (step_batches), made by processes (load).
 
 Items:  asked for by (epoch, i), augmented as a function of (seed, epoch, i) alone; a dict of `clip`, the clip's number
         in the split (not in ImageSet's), `bad`, what could not be read ("": nothing), and what the set's docstring
         lists. A training item of which anything cannot be read is empty; in evaluation only the frame is missing.
 
-Letters: B batch, T frames, M boxes of a frame, F boxes of a split, H W pixels, S side of a square view, P patches,
-N tokens of a text. Another dataset is one more converter that writes this layout, as `movingfashion` does.
+Letters: B batch, T frames, M boxes of a frame, F boxes of a split, h w pixels of a picture, H W of a batch, S side of a
+square view, P patches, N tokens of a text. Another dataset is one more converter that writes this layout, as
+`movingfashion` does.
 """
 import argparse
 import ast

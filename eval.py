@@ -7,13 +7,14 @@
     python eval.py --ckpt runs/tiny/rice.pt --live live.mp4 --shop images      which product is on sale when
     torchrun --nproc_per_node 8 eval.py --ckpt runs/paper/md.pt --data LPR4M
 
-Data flow:  checkpoint -> model -> one box a frame for every frame of the split -> AP
-                                -> one embedding a clip and a shop image -> similarity -> rank-k in each live's gallery
+Data flow:  checkpoint -> model: frames [B,T,3,H,W] -> their boxes [F,6], one each -> hits [L,F] -> AP
+                        or model: clips [B,T,3,S,S], a live's shop images [M,3,S,S] -> embeddings [Q,D], [M,D]
+                                  -> similarity [Q,M] -> place of the first true image [Q] -> rank-k
 
 Letters: Q clips (queries), M shop images, G true boxes or pairs of boxes, F frames (or what was found in them, one
 each), L IoU levels, D length of an embedding, B batch, T frames of a clip, N boxes of a frame, K classes, P patches of
-a picture, R tokens of a clip, W their width; n and q are some of them. Boxes are xyxy in the annotation's pixels: those
-of the picture on disk, unless its side file tells an original size.
+a picture, H W pixels, S side of a square view, R tokens of a clip, W their width; n and q are some of them. Boxes are
+xyxy in the annotation's pixels: those of the picture on disk, unless its side file tells an original size.
 """
 import contextlib
 import ctypes

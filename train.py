@@ -8,8 +8,11 @@ PMD, matching of pairs; PFR, rebuilding of patches), one loop for all three.
     torchrun --nproc_per_node 8 train.py --preset paper --data LPR4M --stage sd --init dab_detr_r50.pth
 
     flags -> configure -> Config -> prepare: model, samples, order of an epoch
-          -> loop: batch -> loss -> gradient -> AdamW -> RUN/STAGE.jsonl, STAGE.pt -> eval.evaluate -> RUN/results.json
+          -> loop: batch (frames [B,T,3,H,W], boxes_cxcywh [B,T,M,4], or frames [B,T,3,S,S], image [B,3,S,S])
+                   -> loss [] -> gradient -> AdamW -> RUN/STAGE.jsonl, STAGE.pt -> eval.evaluate -> RUN/results.json
     A run that was stopped goes on where it stood, by the same command.
+
+Letters: B samples of a step on this process, T frames, M boxes of a frame, H W pixels, S side of a square view.
 
 The file: configuration; what differs between the stages; a step; the loop; then what a long run needs besides: stopping
 and going on, public weights, the command.
