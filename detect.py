@@ -405,9 +405,8 @@ class SD(nn.Module):
         """Cross-entropy of the category of each token in the middle 70 % of a box: memory [B,S,C] -> a number."""
         h, w = (math.ceil(n / self.backbone[0].stride) for n in padding.shape[1:])                # S = h * w
         extent = picture_size(padding)                                                            # [B,2]
-        y, x = ((torch.arange(n, device=memory.device) + 0.5) / n for n in (h, w))                # [h], [w]
-        place = torch.cartesian_prod(y, x).flip(-1)                                               # [S,2] x, y
-        place = place * torch.tensor(padding.shape[:0:-1], device=memory.device) / extent[:, None]  # [B,S,2] as boxes
+        y, x = ((torch.arange(n, device=memory.device) + 0.5) / n * size for n, size in zip((h, w), padding.shape[1:]))
+        place = torch.cartesian_prod(y, x).flip(-1) / extent[:, None]                             # [B,S,2] as boxes
         inside = ((place[:, :, None] - boxes[:, None, :, :2]).abs() < 0.35 * boxes[:, None, :, 2:]).all(-1)  # [B,S,M]
         inside = inside & (labels >= 0)[:, None]                                                  # [B,S,M]
         logits = self.dense_embed(memory).float().log_softmax(-1)                                 # [B,S,K]

@@ -182,7 +182,7 @@ def icl_loss(clip, image, scale, product=None):
     if product is not None:
         others = gather(product)                                                                 # [A]
         same = (product[:, None] == others[None]) | (others < 0)                                 # [B,A]
-        same[torch.arange(len(own)), own] = False
+        same &= torch.arange(len(others), device=own.device) != own[:, None]                     # [B,A]
         logits = logits.masked_fill(same, -math.inf)                                             # [2,B,A]
     loss = F.cross_entropy(logits.flatten(0, 1), own.repeat(2), reduction="none").view(2, -1)    # [2,B]
     return mean_of_pairs(loss.mean(0), product)

@@ -5,6 +5,7 @@
                                                                   torch, transformers, timm, scipy, faiss-cpu, faster-coco-eval
     python tests/bench.py --before OLD_CHECKOUT                   and an earlier copy of this project
     python tests/bench.py --rows sd,ap --repeats 9 --json FILE    some rows; all figures as JSON
+    python tests/bench.py --gpu                                   on a CUDA device instead: training at the paper's sizes; peers as above
     python tests/bench.py --grow                                  instead: each work at 1, 2, 4 and 8 times its size
     python tests/bench.py --race OLD_CHECKOUT                     instead: the whole quickstart beside an earlier copy's, ten seconds each
                                                                   in turns, the other one stopped (about half an hour)
@@ -258,38 +259,44 @@ def encoder_alone(times):
     return step
 
 
-def tiny_step(stage, world=1):
-    """-> a function that takes one step of the quickstart, without its pictures: the tiny preset's model and (share of the) batch."""
+def training_step(stage, preset="tiny", size=(96, 96), world=1, device="cpu", change=lambda model: None, **more):
+    """-> a function that takes one step of train.py without its loader: a preset's model and (one of `world` shares of) its batch of
+    random pictures of `size`, uint8 as a loader gives them. change: what is done to the model before."""
     import torch
     import eval as evaluation
     import train
     torch.manual_seed(0)
-    config = train.configure({}, stage)
-    model = evaluation.build(vars(config), 8, 500).train()
+    config = train.configure({"preset": preset} | more, stage)
+    model = evaluation.build(vars(config), 34, 2000).train().to(device)
+    change(model)
     optimizer, B, T = train.optimizer_of(model, config), config.batch // world, {"sd": 1, "md": config.frames, "rice": config.train_frames}[stage]
     batch = {"valid": torch.ones(B, T, dtype=torch.bool), "clip": torch.arange(B)}
     if stage == "rice":
-        batch |= {"asr": torch.randint(2, 500, (B, 24)), "title": torch.randint(2, 500, (B, 24)), "product": torch.arange(B),
-                  "frames": torch.randint(255, (B, T, 3, 64, 64), dtype=torch.uint8), "keep": torch.ones(B, T, 16, dtype=torch.bool),
-                  "image": torch.randint(255, (B, 3, 64, 64), dtype=torch.uint8)}
+        S, P = config.size, (config.size // (config.patch or 16)) ** 2
+        batch |= {"asr": torch.randint(2, 2000, (B, 24)), "title": torch.randint(2, 2000, (B, 24)), "product": torch.arange(B),
+                  "frames": torch.randint(255, (B, T, 3, S, S), dtype=torch.uint8), "keep": torch.ones(B, T, P, dtype=torch.bool),
+                  "image": torch.randint(255, (B, 3, S, S), dtype=torch.uint8)}
     else:
-        batch |= {"boxes_cxcywh": torch.rand(B, T, 1, 4) / 3 + 0.3, "labels": torch.randint(8, (B, T, 1)), "size": torch.ones(B, T, 2),
-                  "frames": torch.randint(255, (B, T, 96, 96, 3), dtype=torch.uint8).movedim(-1, 2),
-                  "padding": torch.zeros(B, T, 96, 96, dtype=torch.bool)}
-    wrapped = train.Step(model)
+        batch |= {"boxes_cxcywh": torch.rand(B, T, 1, 4) / 3 + 0.3, "labels": torch.randint(34, (B, T, 1)), "size": torch.ones(B, T, 2),
+                  "frames": torch.randint(255, (B, T, *size, 3), dtype=torch.uint8).movedim(-1, 2),
+                  "padding": torch.zeros(B, T, *size, dtype=torch.bool)}
+    if device == "cuda":
+        batch = {name: value.pin_memory() for name, value in batch.items()}
+    wrapped, device = train.Step(model), torch.device(device)
     earlier = [world] * ("world" in inspect.signature(train.forward_backward).parameters)       # with --before
-    wrapped = wrapped if world == 1 else torch.nn.parallel.DistributedDataParallel(wrapped)
+    wrapped = torch.nn.parallel.DistributedDataParallel(wrapped) if torch.distributed.is_initialized() else wrapped
 
     def step():
-        train.forward_backward(wrapped, optimizer, batch, config, torch.device("cpu"), 0, *earlier)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        train.forward_backward(wrapped, optimizer, batch, config, device, 0, *earlier)
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
         optimizer.step()
+    step.pictures = B * (T + (stage == "rice"))
     return step
 
 
 def five_steps(stage):
     def work(times):
-        step = tiny_step(stage)
+        step = training_step(stage)
         return lambda: [step() for _ in range(5 * times)]
     return work
 
@@ -300,7 +307,7 @@ def member(rank, world, store, gate):
     import torch.distributed as dist
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    step = tiny_step("rice", world)
+    step = training_step("rice", world=world)
     while True:
         gate.wait()
         step()
@@ -320,6 +327,61 @@ def products(times):
     a = torch.randn(2048, 2048 * times)
     return lambda: a @ a.T
 
+
+def on_gpu(step, calls):
+    """What one turn runs on a CUDA device, `calls` steps and their end; .flops and .pictures of a turn tell how much that is."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        step()
+    torch.cuda.reset_peak_memory_stats()
+
+    def turn():
+        for _ in range(calls):
+            step()
+        torch.cuda.synchronize()
+    turn.flops, turn.pictures = calls * counter.get_total_flops(), calls * getattr(step, "pictures", 0)
+    return turn
+
+
+def gpu_step(stage, calls=5, **settings):
+    """Training steps of the paper preset, the share of one of eight devices, pictures of 800 x 1333 padded as a loader does."""
+    return lambda times: on_gpu(training_step(stage, "paper", (800, 1344), 8, "cuda", **settings), calls)
+
+
+def compiled(model):
+    """torch.compile on a model's large parts, in place."""
+    for part in model.modules():
+        if type(part).__name__ in ("Backbone", "Encoder", "DecoderLayer", "TTMStep", "ViT", "PMD"):
+            part.compile(dynamic=type(part).__name__ not in ("ViT", "PMD"))
+
+
+def channels_last(model):
+    import torch
+    model.to(memory_format=torch.channels_last)
+
+
+def gpu_products(dtype):
+    def work(times):
+        import torch
+        a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=getattr(torch, dtype))
+        return on_gpu(lambda: a @ b, 10)
+    return work
+
+
+def gpu_search(times):
+    import torch
+    import eval as evaluation
+    clips, images = (x.cuda() for x in gallery(times))
+    return on_gpu(lambda: evaluation.nearest(clips, images, 10), 5)
+
+
+def gpu_search_products(times):
+    import torch
+    clips, images = (x.cuda() for x in gallery(times))
+    return on_gpu(lambda: [part @ images.T for part in clips.split(2048)], 5)
+
+
 # ------------------------------------------------------------------ the peers' works, run by --peer-python
 
 
@@ -338,18 +400,23 @@ def peer_sd(height, width, batch):
     return work
 
 
-def peer_sd_step(times):
-    import torch
-    model, (images, padding) = peer_detector().train(), pictures(2, 480, 640)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-6, fused=True)
-    labels = [{"class_labels": torch.randint(91, (1,)), "boxes": torch.rand(1, 4) / 3 + 0.3} for _ in images]
+def peer_step(batch=2, height=480, width=640, device="cpu", bf16=False):
+    def work(times):
+        import torch
+        model, (images, padding) = peer_detector().train().to(device), (x.to(device) for x in pictures(batch, height, width))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-6, fused=True)
+        labels = [{"class_labels": torch.randint(91, (1,), device=device), "boxes": torch.rand(1, 4, device=device) / 3 + 0.3} for _ in images]
 
-    def step():
-        optimizer.zero_grad()
-        model(pixel_values=images, pixel_mask=(~padding).long(), labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-    return step
+        def step():
+            optimizer.zero_grad()
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                loss = model(pixel_values=images, pixel_mask=(~padding).long(), labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+        step.pictures = batch
+        return on_gpu(step, 5) if device == "cuda" else step
+    return work
 
 
 def peer_ap(times):
@@ -391,7 +458,7 @@ ROWS = {
     "products": ("matrix products, 2048^3: the machine's rate", products, 1, {}, {}),
     "sd": ("SD, 2 pictures of 480 x 640", sd_small_pictures, 1, {"transformers": peer_sd(480, 640, 2)}, {"transformers": 0.60}),
     "sd-large": ("SD, 1 picture of 800 x 1066", sd_large_picture, 1, {"transformers": peer_sd(800, 1066, 1)}, {"transformers": 0.60}),
-    "sd-step": ("SD, a training step, 2 pictures of 480 x 640", sd_step, 1, {"transformers": peer_sd_step}, {"transformers": 0.75}),
+    "sd-step": ("SD, a training step, 2 pictures of 480 x 640", sd_step, 1, {"transformers": peer_step()}, {"transformers": 0.75}),
     "md": ("MD, a clip of 10 frames of 480 x 640", md_clip, 1, {"SD on the frames": sd_clip}, {"SD on the frames": 1.10}),
     "match-1": (f"matching, 16 frames, 1 box each, {CALLS} calls", match_one, 1, {"plain loop": lambda n: plain_match(1, n)}, {"plain loop": 0.25}),
     "match-3": (f"matching, 16 frames, 3 boxes each, {CALLS} calls", match_three, 1, {"plain loop": lambda n: plain_match(3, n)}, {"plain loop": 0.5}),
@@ -407,7 +474,22 @@ ROWS = {
     "tiny-md": ("quickstart, 5 steps of MD", five_steps("md"), 1, {}, {}),
     "tiny-rice": ("quickstart, 5 steps of RICE", five_steps("rice"), 1, {}, {}),
 }
-PEERS = ("transformers", "faster-coco-eval", "faiss")
+# The same for a GPU: on one H100 or H200 all of it takes some minutes.
+PAPER = {"bf16": {"precision": "bf16"}, "bf16, compiled": {"precision": "bf16", "change": compiled}}
+GPU_ROWS = {
+    "gpu-products": ("products of 8192^3, bf16: the device's rate", gpu_products("bfloat16"), 1, {"float32": gpu_products("float32")}, {}),
+    "gpu-sd": ("SD, training step, 8 pictures of 800 x 1333", gpu_step("sd"), 1,
+               {name: gpu_step("sd", **more) for name, more in PAPER.items()} |
+               {"bf16, weights channels last": gpu_step("sd", precision="bf16", change=channels_last),
+                "transformers": peer_step(8, 800, 1344, "cuda"), "transformers, bf16": peer_step(8, 800, 1344, "cuda", True)}, {}),
+    "gpu-md": ("MD, training step, 8 clips of 10 frames of 800 x 1333", gpu_step("md", 1), 1,
+               {name: gpu_step("md", 1, **more) for name, more in PAPER.items()}, {}),
+    "gpu-rice": ("RICE, training step, 32 clips of 10 frames and their images", gpu_step("rice"), 1,
+                 {name: gpu_step("rice", **more) for name, more in PAPER.items()}, {}),
+    "gpu-search": ("first 10 of 66,358 images for 20,079 clips", gpu_search, 1, {"products alone": gpu_search_products}, {}),
+}
+ROWS |= GPU_ROWS
+PEERS = ("transformers", "transformers, bf16", "faster-coco-eval", "faiss")
 GROWTH = {"sd": "queries: 300", "md": "frames: 10", "sd-step": "pictures: 2", "match-3": "queries: 300", "ap": "frames: 62,500",
           "search": "gallery: 66,358", "lives": "lives: 110", "jpeg": "files: 40", "rice": "clips: 2", "processes": "processes: 1"}
 
@@ -419,9 +501,7 @@ class Contender:
         command = [python, __file__, "--work", json.dumps([row, name, times])]
         settings = os.environ | {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(code), "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings, cwd=code)
-        self.seconds, self.memory = [], 0.0
-        self.turn()                                                                          # the warm-up
-        self.seconds.clear()
+        self.seconds, self.memory, self.flops, self.pictures = [], 0.0, 0, 0
 
     def turn(self):
         self.process.stdin.write("go\n")
@@ -429,14 +509,15 @@ class Contender:
         answer = self.process.stdout.readline()
         if not answer:
             sys.exit(f"{' '.join(self.process.args)}: failed")
-        seconds, self.memory = json.loads(answer)
+        seconds, self.memory, self.flops, self.pictures = json.loads(answer)
         self.seconds.append(seconds)
 
     def leave(self):
         self.process.stdin.close()
         self.process.wait()
         middle = statistics.median(self.seconds)
-        return {"median": middle, "lowest": min(self.seconds), "highest": max(self.seconds), "memory_gb": self.memory}
+        amount = {"tflops_a_second": self.flops / middle / 1e12, "pictures_a_second": self.pictures / middle} if self.flops else {}
+        return {"median": middle, "lowest": min(self.seconds), "highest": max(self.seconds), "memory_gb": self.memory} | amount
 
 
 def work(row, name, times):
@@ -450,8 +531,11 @@ def work(row, name, times):
     for _ in sys.stdin:
         begin = time.perf_counter()
         once()
-        seconds = time.perf_counter() - begin
-        print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20]), flush=True)
+        seconds, memory = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+        if row in GPU_ROWS:
+            memory = torch.cuda.max_memory_allocated() / 2 ** 30
+            torch.cuda.empty_cache()                                                         # for the others of the row
+        print(json.dumps([seconds, memory, getattr(once, "flops", 0), getattr(once, "pictures", 0)]), flush=True)
 
 
 def measure(row, repeats, peer=None, before=None, times=None, alone=False):
@@ -460,6 +544,9 @@ def measure(row, repeats, peer=None, before=None, times=None, alone=False):
     field |= {} if alone else {name: (peer if name in PEERS else sys.executable, HERE) for name in rivals if peer or name not in PEERS}
     field |= {"before": (sys.executable, Path(before).resolve())} if before else {}
     entered = {name: Contender(python, code, row, "ours" if name == "before" else name, times) for name, (python, code) in field.items()}
+    for contender in entered.values():                                                       # a turn to warm up
+        contender.turn()
+        contender.seconds.clear()
     for _ in range(repeats):
         for contender in entered.values():
             contender.turn()
@@ -479,10 +566,12 @@ def compare(names, repeats, peer, before):
         result[name] = figures = measure(name, repeats, peer, before)
         for who, figure in figures.items():
             ratio = None if who == "ours" else figures["ours"]["median"] / figure["median"]
+            rates = (f"{figure.get(rate, 0):.0f}" for rate in ("pictures_a_second", "tflops_a_second")) if name in GPU_ROWS else ()
             rows.append((text if who == "ours" else "", who, clock(figure), f"{figure['memory_gb']:.2f} GB",
-                         "" if ratio is None else f"{ratio:.3f}", "" if who not in targets else f"{targets[who]:.3g}"))
+                         "" if ratio is None else f"{ratio:.3f}", "" if who not in targets else f"{targets[who]:.3g}", *rates))
         print(f"{name}: {', '.join(f'{who} {clock(figure)}' for who, figure in figures.items())}", file=sys.stderr, flush=True)
-    print(table(("work", "who", "time", "peak memory", "ours / theirs", "aim: at most"), rows, True))
+    rates = ("pictures/s", "TFLOP/s") if set(names) <= GPU_ROWS.keys() else ()
+    print(table(("work", "who", "time", "peak memory", "ours / theirs", "aim: at most", *rates), rows, True))
     return result
 
 
@@ -578,7 +667,8 @@ def profile(folder, steps=10):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")
+    parser.add_argument("--rows", help=f"some of {', '.join(ROWS)} [those of a CPU]")
+    parser.add_argument("--gpu", action="store_true", help="the rows of a CUDA device")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contender [5]")
     parser.add_argument("--peer-python", help="the python of an environment that has the public packages")
     parser.add_argument("--before", help="folder of an earlier copy of this project")
@@ -593,9 +683,9 @@ def main():
     sys.path.insert(0, flags.before if flags.profile and flags.before else str(HERE))
     import torch
     import torchvision
-    names = flags.rows.split(",")
+    names = flags.rows.split(",") if flags.rows else [name for name in ROWS if (name in GPU_ROWS) == flags.gpu]
     setting = {"threads": THREADS, "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-               "machine": platform.machine(), "repeats": flags.repeats}
+               "machine": torch.cuda.get_device_name() if flags.gpu else platform.machine(), "repeats": flags.repeats}
     print(", ".join(f"{name} {value}" for name, value in setting.items()), "\n")
     result = (race(flags.race) if flags.race else profile(flags.profile) if flags.profile else grow(names, flags.repeats) if flags.grow
               else compare(names, flags.repeats, flags.peer_python, flags.before))

@@ -1,4 +1,5 @@
 """Shared by the tests: the golden files, the backbone recipe, and once a session a tiny rendered data set and the three stages trained on it."""
+import dataclasses
 import multiprocessing.dummy
 import os
 import subprocess
@@ -67,6 +68,14 @@ def render(root, **numbers):
     import data
     with unittest.mock.patch.object(data.multiprocessing, "get_context", threads):
         data.render(root, processes=1, progress=False, **numbers)
+
+
+def flags_of(flags):
+    """The flags of a command as `configure` takes them."""
+    import train
+    fields = {train.flag(item.name): item for item in dataclasses.fields(train.Config)}
+    read = {list: train.numbers}
+    return {fields[name].name: read.get(fields[name].type, fields[name].type)(value) for name, value in zip(flags[::2], flags[1::2])}
 
 
 def golden(name):

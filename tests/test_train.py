@@ -1,6 +1,5 @@
 """The whole pipeline in small: every stage through train.main, one process and two, resume, errors, the README's commands."""
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -18,7 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
-from conftest import ROOT, SMALL, golden, render, start, threads
+from conftest import ROOT, SMALL, flags_of, golden, render, start, threads
 
 import data
 import eval as evaluation
@@ -44,13 +43,6 @@ def ended(process):
     """What a process said, when it has ended."""
     said, error = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, said, error)
-
-
-def flags_of(flags):
-    """The flags of a command as `configure` takes them."""
-    fields = {train.flag(item.name): item for item in dataclasses.fields(train.Config)}
-    read = {list: train.numbers}
-    return {fields[name].name: read.get(fields[name].type, fields[name].type)(value) for name, value in zip(flags[::2], flags[1::2])}
 
 
 def log_of(out, stage):
