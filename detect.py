@@ -53,7 +53,9 @@ def sine_image(padding, channels):
 
 def sine_anchor(anchors, channels):
     """Anchor boxes [...,4] (cx, cy, w, h in 0..1) -> [..., 2C], in the order y, x, w, h."""
-    return sine(anchors[..., [1, 0, 2, 3]] * 2 * math.pi, channels // 2, 10000).flatten(-2)
+    # By slices: a list as index would be sent to the device in every layer, and waited for.
+    swapped = torch.cat([anchors[..., :2].flip(-1), anchors[..., 2:]], -1)
+    return sine(swapped * 2 * math.pi, channels // 2, 10000).flatten(-2)
 
 
 # ------------------------------------------------------------------ transformer

@@ -30,6 +30,15 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)                                                      # [...], as x
 
 
+def attend(layer, x, padding=None):
+    """Self-attention with the weights of an nn.MultiheadAttention, whose own forward turns batches about and copies them:
+    x [B,N,W], padding [B,N] -> [B,N,W]."""
+    parts = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, -1)                   # [B,N,W] three times
+    query, key, value = (y.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for y in parts)  # [B,heads,N,.]
+    allowed = None if padding is None else ~padding[:, None, None]                               # [B,1,1,N]
+    return layer.out_proj(F.scaled_dot_product_attention(query, key, value, allowed).transpose(1, 2).flatten(2))
+
+
 class Block(nn.Module):
     """CLIP's residual block: self-attention and an MLP, each after its LayerNorm (OpenAI's parameter names)."""
 
@@ -41,8 +50,7 @@ class Block(nn.Module):
                                              c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x, padding=None):
-        y = self.ln_1(x)                                                                         # [B,N,W]
-        x = x + self.attn(y, y, y, key_padding_mask=padding, need_weights=False)[0]              # [B,N,W]
+        x = x + attend(self.attn, self.ln_1(x), padding)                                         # [B,N,W]
         return x + self.mlp(self.ln_2(x))                                                        # [B,N,W]
 
 
@@ -250,8 +258,7 @@ class MatchLayer(nn.Module):
 
     def think(self, x):
         """Self-attention over an image's tokens: [.,Q,W] -> [.,Q,W]; needs no clip."""
-        y = self.ln_1(x)
-        return x + self.self_attn(y, y, y, need_weights=False)[0]
+        return x + attend(self.self_attn, self.ln_1(x))
 
     def look(self, x, key, value, padding):
         """Cross-attention to one clip each: x [.,Q,W], key, value [.,R,W], padding [.,R] -> x, maps [.,heads,Q,R]."""

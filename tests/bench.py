@@ -259,16 +259,15 @@ def encoder_alone(times):
     return step
 
 
-def training_step(stage, preset="tiny", size=(96, 96), world=1, device="cpu", change=lambda model: None, **more):
+def training_step(stage, preset="tiny", size=(96, 96), world=1, device="cpu", **more):
     """-> a function that takes one step of train.py without its loader: a preset's model and (one of `world` shares of) its batch of
-    random pictures of `size`, uint8 as a loader gives them. change: what is done to the model before."""
+    random pictures of `size`, uint8 as a loader gives them."""
     import torch
     import eval as evaluation
     import train
     torch.manual_seed(0)
     config = train.configure({"preset": preset} | more, stage)
     model = evaluation.build(vars(config), 34, 2000).train().to(device)
-    change(model)
     optimizer, B, T = train.optimizer_of(model, config), config.batch // world, {"sd": 1, "md": config.frames, "rice": config.train_frames}[stage]
     batch = {"valid": torch.ones(B, T, dtype=torch.bool), "clip": torch.arange(B)}
     if stage == "rice":
@@ -290,7 +289,7 @@ def training_step(stage, preset="tiny", size=(96, 96), world=1, device="cpu", ch
         train.forward_backward(wrapped, optimizer, batch, config, device, 0, *earlier)
         torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
         optimizer.step()
-    step.pictures = B * (T + (stage == "rice"))
+    step.pictures, step.model = B * (T + (stage == "rice")), model
     return step
 
 
@@ -344,16 +343,21 @@ def on_gpu(step, calls):
     return turn
 
 
-def gpu_step(stage, calls=5, **settings):
+def gpu_step(stage, calls=5, change=lambda model: None, **settings):
     """Training steps of the paper preset, the share of one of eight devices, pictures of 800 x 1333 padded as a loader does."""
-    return lambda times: on_gpu(training_step(stage, "paper", (800, 1344), 8, "cuda", **settings), calls)
+    def work(times):
+        step = training_step(stage, "paper", (800, 1344), 8, "cuda", **settings)
+        turn = on_gpu(step, calls)
+        change(step.model)                                       # after the operations are counted: a compiled model does not tell
+        return turn
+    return work
 
 
 def compiled(model):
     """torch.compile on a model's large parts, in place."""
     for part in model.modules():
-        if type(part).__name__ in ("Backbone", "Encoder", "DecoderLayer", "TTMStep", "ViT", "PMD"):
-            part.compile(dynamic=type(part).__name__ not in ("ViT", "PMD"))
+        if type(part).__name__ in ("Backbone", "Encoder", "Decoder", "TTMStep", "ViT", "PMD"):
+            part.compile()
 
 
 def channels_last(model):
