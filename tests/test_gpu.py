@@ -1,4 +1,6 @@
 """What only a CUDA device can show; without one these tests are skipped (bench.py --gpu measures, this file compares with the CPU)."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -86,10 +88,9 @@ def test_bf16_is_within_one_percent(run_one, livestreams, stage):
 
 
 @pytest.mark.parametrize("stage", train.STAGES)
-def test_evaluation_finds_the_same(run_one, livestreams, tmp_path, monkeypatch, stage):
+def test_evaluation_finds_the_same(run_one, livestreams, tmp_path, stage):
     numbers = {}
     for device in (CPU, GPU):
-        monkeypatch.setattr(evaluation, "pick_device", lambda device=device: device)
         lives, checkpoint = data.Lives(livestreams, "test"), evaluation.read_checkpoint(run_one / f"{stage}.pt")
         if stage == "rice":
             *_, places = evaluation.score_ranking(checkpoint, lives, data.output_folder(tmp_path / device.type), device)
@@ -105,3 +106,9 @@ def test_nearest_is_the_order_of_all_products():
     expected, found = evaluation.nearest(queries, images, 10), evaluation.nearest(queries.to(GPU), images.to(GPU), 10)
     assert (found[1].cpu() == expected[1]).float().mean() > 0.99
     torch.testing.assert_close(found[0].cpu(), expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_trains_and_evaluates_all_stages(livestreams, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "pick_device", lambda: GPU)
+    train.main(["--data", str(livestreams), "--out", str(tmp_path), *SMALL, "--precision", "bf16"])
+    assert json.loads((tmp_path / "results.json").read_text()).keys() == set(train.STAGES)
