@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 from conftest import ROOT, SMALL, flags_of, golden, render, start, threads
 
@@ -400,6 +402,40 @@ def test_a_step_never_waits_for_the_device(run_one, livestreams, stage):
         assert host.seen == []
         float(loss)
     assert host.seen == ["_local_scalar_dense"]
+
+
+class Mixed(TorchDispatchMode):
+    """Notes every operation that meets tensors of two devices, or copies between them and waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        out, name = function(*arguments, **(named or {})), function.overloadpacket.__name__
+        devices = {t.device.type for t in tree_leaves((arguments, named)) if torch.is_tensor(t) and t.dim()}
+        waits = name == "_to_copy" and out.device != arguments[0].device and not named.get("non_blocking")
+        if len(devices) > 1 and name != "copy_" or waits:
+            self.seen.append(name)
+        return out
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_a_loss_on_a_device_that_is_not_here_meets_nothing_of_the_host(stage, monkeypatch):
+    """Tensors without memory that say they lie on a CUDA device: what test_gpu.py asks of a real one, of the forward pass."""
+    monkeypatch.setattr(rice, "gumbel", lambda shape, seed: torch.rand(shape))                      # fakes take no generator
+    config = train.configure({}, stage)
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model, B, T = evaluation.build(vars(config), 8, 500), 3, 1 if stage == "sd" else 2
+            batch = {"valid": torch.ones(B, T, dtype=torch.bool), "seed": 0, "image": torch.rand(B, 3, 64, 64), "product": torch.arange(B),
+                     "asr": torch.ones(B, 24, dtype=torch.long), "title": torch.ones(B, 24, dtype=torch.long), "keep": torch.ones(B, T, 16) > 0,
+                     "frames": torch.rand(B, T, 3, 64, 64), "padding": torch.zeros(B, T, 64, 64) > 0, "labels": torch.zeros(B, T, 1).long(),
+                     "boxes_cxcywh": torch.rand(B, T, 1, 4)}
+        with Mixed() as host:
+            assert model.loss(batch)[0].device.type == "cuda" and host.seen == []
+            torch.ones(2, 2, device="cuda")[[1, 0]], torch.tensor([1.0], device="cuda")             # what it is there to find
+            assert len(host.seen) == 2
 
 
 def test_all_processes_stop_together_at_a_bad_weight(run_one, livestreams, tmp_path):
