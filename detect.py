@@ -79,7 +79,8 @@ def attend(query, key, value, heads, padding=None):
     """Multi-head attention after projection: query [B,Q,E], key [B,S,E], value [B,S,C], padding [B,S] -> [B,Q,C]."""
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))  # [B,heads,.,.]
     allowed, width = None if padding is None else ~padding[:, None, None], value.shape[-1]           # [B,1,1,S]
-    value = F.pad(value, (0, key.shape[-1] - width))  # fast kernels want values as wide as keys: [B,heads,S,E/heads]
+    if width < key.shape[-1]:                                                    # fast kernels want them of one width
+        value = F.pad(value, (0, key.shape[-1] - width))                                             # [B,heads,S,.]
     return F.scaled_dot_product_attention(query, key, value, allowed)[..., :width].transpose(1, 2).flatten(2)  # [B,Q,C]
 
 
@@ -204,7 +205,8 @@ class Decoder(nn.Module):
             anchors = reference if i == 0 else reference.detach()                                # [B,N,4]
             x = layer(x, *self.positions(anchors, x, scaled=i > 0), memory, position, padding)   # [B,N,C]
             contents.append(self.norm(x))
-            reference = (self.bbox_embed(x) + inverse_sigmoid(anchors)).sigmoid()                # [B,N,4]
+            if i + 1 < len(self.layers):
+                reference = (self.bbox_embed(x) + inverse_sigmoid(anchors)).sigmoid()            # [B,N,4]
         return torch.stack(contents), torch.stack(references)                                    # [L,B,N,C], [L,B,N,4]
 
 
@@ -218,17 +220,14 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x, here):
-        x, share = x * here, here.float().mean((1, 2, 3))[:, None, None]                         # [B,C,h,w], [B,1,1]
-        mean, square = (self.by_group(y) / share for y in (x, x.square()))                       # [B,G,1] twice
+        x, share = x.float() * here, here.float().mean((1, 2, 3))[:, None, None]                 # [B,C,h,w], [B,1,1]
+        mean, square = (y.mean((2, 3)).unflatten(1, (self.num_groups, -1)).mean(2, keepdim=True) / share
+                        for y in (x, x.square()))                                                # [B,G,1] twice
         inverse = (square - mean.square()).clamp(min=0).add(self.eps).rsqrt()                    # [B,G,1]
         gain = self.weight.view(self.num_groups, -1) * inverse                                   # [B,G,C/G]
         offset = self.bias.view(self.num_groups, -1) - mean * gain                               # [B,G,C/G]
         gain, offset = (y.flatten(1)[..., None, None] for y in (gain, offset))                   # [B,C,1,1] twice
         return torch.addcmul(offset, x, gain).mul_(here)                                         # [B,C,h,w]
-
-    def by_group(self, x):
-        """Mean of each group of channels: [B,C,h,w] -> [B,G,1]."""
-        return x.mean((2, 3)).unflatten(1, (self.num_groups, -1)).mean(2, keepdim=True)
 
 
 class Block(nn.Module):
@@ -250,8 +249,6 @@ class Block(nn.Module):
 class SmallBody(nn.Module):
     """Backbone "small" (presets tiny and small): stride 8, with stride 16 added from below. Channels 128."""
 
-    channels = 128
-
     def __init__(self):
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 32, 4, 4), GroupNorm(8, 32)
@@ -270,7 +267,7 @@ class SmallBody(nn.Module):
 
 class Backbone(nn.Module):
     """Pictures [B,3,H,W] and padding [B,H,W] -> feature map [B,channels,H/stride,W/stride], rounded up: "small" (H and
-    W multiples of 4), or a torchvision ResNet's C5.
+    W multiples of 8), or a torchvision ResNet's C5.
 
     The ResNet's batch norm is frozen, and so are its stem and first stage, as DETR has them: it needs public weights.
     """
@@ -279,7 +276,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.small, self.stride = name == "small", 8 if name == "small" else 32
         if self.small:
-            self.body, self.channels = SmallBody(), SmallBody.channels
+            self.body, self.channels = SmallBody(), 128
             return
         self.body = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d)
         self.channels, self.body.fc = self.body.fc.in_features, nn.Identity()
@@ -454,7 +451,7 @@ def attend_near_the_anchor(decoder, heads, gain=2.0):
 class TemporalLayer(nn.Module):
     """Queries of all frames attend to each other: self-attention, cross-attention to the same set as it came in, FFN.
 
-    tokens [B,Q,C], others [B,R,C], padding [B,R] -> [B,Q,C]. Parameter names are TransVOD Lite's (norm2 comes first).
+    tokens [B,Q,C], others [B,R,C], own_padding [B,Q], padding [B,R] -> [B,Q,C]. Parameter names are TransVOD Lite's (norm2 comes first).
     """
 
     def __init__(self, dim, heads, ffn):
@@ -548,8 +545,9 @@ class MD(nn.Module):
         return logits, boxes, pick(logits[-1], boxes[-1])[0]                                     # [B,T,4]
 
     def loss(self, batch):
-        """A batch of collate_detection (frames as normalised floats) -> loss and its terms, every step supervised."""
-        logits, boxes, _ = self(batch["frames"], batch["padding"], batch["valid"])
+        """A batch of collate_detection (frames as normalised floats) -> the loss of all steps, the last one's terms."""
+        *found, scene = self.single(batch["frames"], batch["padding"])
+        logits, boxes = self.temporal(*found, scene, batch["valid"])
         labels, targets, valid = (batch[name].flatten(0, 1) for name in ("labels", "boxes_cxcywh", "valid"))
         losses = [detection_loss(l.flatten(0, 1)[None], b.flatten(0, 1)[None], labels, targets, valid)
                   for l, b in zip(logits, boxes)]

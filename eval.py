@@ -233,7 +233,8 @@ def build(config, classes, vocab):
     if config["stage"] == "rice":
         vit = {name: config[name] for name in ("width", "layers", "patch", "size")}
         return rice.RICE(vit | {"heads": config["vit_heads"], "dim": config["embedding"]}, vocab,
-                         config["n_neg"], config["negatives"], tuple(config["losses"].split(",")))
+                         config["n_neg"], config["negatives"], tuple(config["losses"].split(",")),
+                         masked=config["view"] == "mask")
     sd = detect.SD(classes, **{name: config[name] for name in OF_SD})
     return sd if config["stage"] == "sd" else detect.MD(sd, config["keep"])
 

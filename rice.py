@@ -31,8 +31,8 @@ class QuickGELU(nn.Module):
 
 
 def attend(layer, x, padding=None):
-    """Self-attention with the weights of an nn.MultiheadAttention, whose own forward turns batches about and copies them:
-    x [B,N,W], padding [B,N] -> [B,N,W]."""
+    """Self-attention with the weights of an nn.MultiheadAttention, whose own forward turns batches about and copies
+    them: x [B,N,W], padding [B,N] -> [B,N,W]."""
     parts = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, -1)                   # [B,N,W] three times
     query, key, value = (y.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for y in parts)  # [B,heads,N,.]
     allowed = None if padding is None else ~padding[:, None, None]                               # [B,1,1,N]
@@ -160,7 +160,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)                 # it is autograd's, not ours
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -340,12 +340,13 @@ class RICE(nn.Module):
     the ranking, and `pmd` for scores. A fourth loss is one more term of `loss`, its layers made in
     __init__, its mean taken by mean_of_pairs, and named in eval.CHOICES; logs and curves show it.
     vit: arguments of ViT. vocab: size of the tokenizer. negatives: "hard" or "rand". losses: which of icl, pmd, pfr.
+    masked: whether patches of a clip may be hidden (the `mask` view); attention without a mask is faster.
     """
 
-    def __init__(self, vit, vocab, n_neg=3, negatives="hard", losses=("icl", "pmd", "pfr")):
+    def __init__(self, vit, vocab, n_neg=3, negatives="hard", losses=("icl", "pmd", "pfr"), masked=True):
         super().__init__()
         width, heads, dim = vit["width"], vit["heads"], vit["dim"]
-        self.n_neg, self.hard, self.losses = n_neg, negatives == "hard", losses
+        self.n_neg, self.hard, self.losses, self.masked = n_neg, negatives == "hard", losses, masked
         self.visual = ViT(**vit)
         self.text = TextEncoder(vocab, width, heads)
         self.text_proj = nn.Linear(width, dim, bias=False)
@@ -374,7 +375,8 @@ class RICE(nn.Module):
         valid frames' directions.
         """
         B, T = valid.shape
-        embedding, tokens = self.visual(frames.flatten(0, 1), keep.flatten(0, 1))                # [B*T,D], [B*T,1+P,W]
+        shown = keep.flatten(0, 1) if self.masked else None                                      # [B*T,P]
+        embedding, tokens = self.visual(frames.flatten(0, 1), shown)                             # [B*T,D], [B*T,1+P,W]
         seen = (F.normalize(embedding, dim=-1).view(B, T, -1) * valid[..., None]).sum(1)         # [B,D]
         text = self.text(asr)                                                                    # [B,W]
         tokens = torch.cat([tokens.reshape(B, -1, tokens.shape[-1]), text[:, None]], 1)          # [B,R,W]
@@ -487,7 +489,7 @@ class _Tensors(pickle.Unpickler):
 
 
 def read_torchscript(path):
-    """State dict of a TorchScript archive such as OpenAI's CLIP files; zipfile.BadZipFile or KeyError if it is none."""
+    """State dict of a TorchScript archive such as OpenAI's CLIP files; zipfile.BadZipFile, KeyError or IndexError if it is none."""
     def walk(record, prefix):
         for name, value in vars(record).items():
             if torch.is_tensor(value):

@@ -5,7 +5,7 @@ PMD, matching of pairs; PFR, rebuilding of patches), one loop for all three.
     python train.py --stage sd                                     one stage; sd, then md, then rice
     torchrun --nproc_per_node 8 train.py --stage md                the same on eight devices; batch sizes are global
     python train.py --overfit 8                                    eight clips by heart: can it learn at all?
-    torchrun --nproc_per_node 8 train.py --preset paper --data LPR4M --stage sd --init dab_detr_r50.pth
+    torchrun --nproc_per_node 8 train.py --preset paper --data LPR4M --stage sd --init dab_detr_r50_coco.pth
 
     flags -> configure -> Config -> prepare: model, samples, order of an epoch
           -> loop: batch (frames [B,T,3,H,W], boxes_cxcywh [B,T,M,4], or frames [B,T,3,S,S], image [B,3,S,S])
@@ -60,7 +60,7 @@ class Config:
     stage: str = option("sd", "run", "sd, md, rice, or all of them in this order")
     preset: str = option("tiny", "run", "tiny: the quickstart; small: 34 categories, for a GPU; paper: the recipe")
     data: str = option("runs/livestreams", "run", "data folder in LPR4M's layout; the default ones are rendered")
-    out: str = option("", "run", "run folder: checkpoints, logs, pictures; default: runs/PRESET")
+    out: str = option("", "run", "run folder: checkpoints, logs, pictures; default: runs/PRESET, or runs/overfit")
     detectors: str = option("", "run", "run folder of the sd.pt and md.pt that a later stage needs; default: --out")
     overfit: int = option(0, "run", "learn this many clips by heart and evaluate on them: can it learn at all?", low=0)
     seed: int = option(0, "run", "decides initialisation, order, augmentation and negatives", low=0)
@@ -83,7 +83,7 @@ class Config:
     schedule: str = option("drop", "optimisation", "after --drop of the steps; drop: x0.1; cosine: to 0 along a cosine")
     drop: float = option(0.75, "optimisation", "share of the steps before the rate falls; the paper: 15 of 20 epochs")
 
-    frames: int = option(10, "pictures", "frames of a clip, at even intervals (md, rice)")
+    frames: int = option(10, "pictures", "frames of a clip, at even intervals (md; rice in evaluation)")
     shortest: list = option([480, 800, 32], "pictures", "shortest side, pixels: lowest, highest, step; training draws")
     longest: int = option(1333, "pictures", "limit of the longest side, pixels")
 
@@ -226,11 +226,9 @@ def prepare_detector(config, lives, device, saved):
 
 def prepare_rice(config, lives, device, saved):
     """RICE on clips with their shop images, through the boxes of a detector of --detectors, the true ones or none."""
-    if saved:
-        vocabulary = saved["tokenizer"]
-    else:
-        clips = map(lives.clip_or_none, range(0, len(lives), max(1, len(lives) // 200_000)))
-        vocabulary = data.train_tokenizer(text for clip in clips if clip for text in (clip.title, clip.asr))
+    clips = map(lives.clip_or_none, range(0, len(lives), max(1, len(lives) // 200_000)))         # read when asked for
+    texts = (text for clip in clips if clip for text in (clip.title, clip.asr))
+    vocabulary = saved["tokenizer"] if saved else data.train_tokenizer(texts)
     tokenizer = data.Tokenizer(vocabulary)
     model = evaluation.build(vars(config), len(lives.categories), tokenizer.vocab)
     kept = {"categories": lives.categories, "tokenizer": vocabulary}
@@ -352,6 +350,8 @@ def train(config, rank, world, device):
     path = data.output_folder(config.out) / f"{config.stage}.pt"
     torch.manual_seed(config.seed)
     saved = saved_before(config, path)
+    if len(set(evaluation.everyones(saved["step"] if saved else -1))) > 1:
+        raise BadInput(f"{path} is not the same for all processes: --out must lie on storage that all machines share")
     if saved and complete(config, saved, path):
         return False
     if config.eval_every:
