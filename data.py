@@ -42,6 +42,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -62,9 +63,9 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
-import torchvision.io
 from PIL import Image, ImageDraw, ImageFilter
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -104,7 +105,7 @@ def guarded(command, *arguments):
         print(f"error: {named.removeprefix('data.BadInput: ')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last thing saved", file=sys.stderr)
+        print("stopped; what was saved is whole, and train.py and eval.py --live go on from it", file=sys.stderr)
         sys.exit(130)
 
 
@@ -187,10 +188,8 @@ def safe_id(name, where):
 
 
 def _boxes(entry, category, where):
-    """What is given for one frame -> its boxes [n,5], and how many without area were left out.
-
-    Given is a flat box or a list of boxes, each of 4 numbers or 5 (the last its category); zeros or nothing: no box.
-    """
+    """What is given for one frame, a flat box or a list of them, each of 4 numbers or 5 (the last its category), zeros
+    or nothing: no box -> its boxes [n,5], and how many without area were left out."""
     rows = entry if isinstance(entry, list) else [entry]
     rows = rows if all(isinstance(row, list) for row in rows) else [rows]
     boxes, dropped = [], 0
@@ -205,7 +204,7 @@ def _boxes(entry, category, where):
 
 
 ROW = np.dtype([("offset", "i8"), ("product", "i8"), ("live", "i8"), ("row", "i4"), ("length", "i4"),
-                ("annotated", "?")])                                                    # 33 bytes a clip
+                ("annotated", "?")])            # 33 bytes a clip in memory; nothing grows with the number of frames
 ROW_BYTES = struct.Struct("=qqqii?")
 
 
@@ -220,11 +219,8 @@ def _numbers(columns):
 
 
 def _index(path, complain=None):
-    """One pass over a training file -> [rows] of ROW, and {category id: name}.
-
-    Kept in a file beside it, where the folder can be written to, until the training file's size or time changes.
-    complain(text): told of every line that is no valid row, which is left out then; without it the first is an error.
-    """
+    """One pass over a training file -> [rows] of ROW, and {category id: name}; kept in a file beside it, where the
+    folder can be written to, until the training file's size or time changes. complain: see Lives."""
     stamp = [path.stat().st_size, path.stat().st_mtime_ns]
     kept = path.with_name(f".{path.name}.index.npz")
     with contextlib.suppress(Exception), np.load(kept) as saved:      # none, or torn: raises whatever its bytes lead to
@@ -234,15 +230,13 @@ def _index(path, complain=None):
     bar = tqdm(total=stamp[0], unit="B", unit_scale=True, desc=f"index {path.name}", delay=2, leave=False)
     with bar, open(path, "rb") as file:
         for row, line in enumerate(file, 1):
-            columns, start, wrong = line.rstrip(b"\r\n").split(b"\t"), offset, ""
+            columns, start = line.rstrip(b"\r\n").split(b"\t"), offset
             offset += len(line)
             bar.update(len(line))
             raw = columns[5].strip() if len(columns) == 11 else b""
-            if len(columns) != 11:
-                wrong = f"{path}:{row}: expected 11 columns by tab, found {len(columns)}"
-            elif raw and not (raw.isdigit() and len(raw) < 16):
-                wrong = f"{path}:{row}: category id: expected a whole number, found {columns[5][:40]!r}"
-            if wrong:
+            if len(columns) != 11 or raw and not (raw.isdigit() and len(raw) < 16):
+                wrong = f"{path}:{row}: " + (f"category id: expected a whole number, found {columns[5][:40]!r}" if raw
+                                             else f"expected 11 columns by tab, found {len(columns)}")
                 if not complain:
                     raise BadInput(wrong)
                 complain(wrong)
@@ -256,8 +250,7 @@ def _index(path, complain=None):
     rows = np.frombuffer(packed, ROW)
     if not complain:                                                  # the folder may not be ours to write to
         with contextlib.suppress(OSError), whole(kept, f".{os.getpid()}") as part, open(part, "wb") as file:
-            names = np.array(list(categories.values()), str)
-            np.savez(file, stamp=stamp, rows=rows, ids=list(categories), names=names)
+            np.savez(file, stamp=stamp, rows=rows, ids=list(categories), names=list(categories.values()))
     return rows, categories
 
 
@@ -267,7 +260,6 @@ class Lives:
     lengths [clips]: frames of each; frame_counts [clips]: the annotated ones. Of training rows also product and live
     [clips], image ids (-1: none) and live ids as numbers, and categories {raw id: name} in order of id; a detector's
     class k is the k-th. A test clip is any that has an ASR row, a true image or a true box; none is left out.
-    A training file is kept as ROW says, 33 bytes a clip; nothing grows with the number of frames.
     complain(text): told file:row of every bad training row, which is passed over; without it the first raises BadInput.
     """
 
@@ -467,17 +459,15 @@ _real = functools.cache(os.path.realpath)           # of a folder that thousands
 
 def read_picture(path):
     """A JPEG or PNG as uint8 [3,H,W], turned as its EXIF says; BadInput when it is neither, torn, or over LARGEST."""
-    try:
+    wrong = "not a readable JPEG or PNG"
+    with contextlib.suppress(Exception):                 # a decoder raises whatever the bytes lead it to
         with Image.open(path, formats=("JPEG", "PNG")) as header:               # reads no pixels yet
             width, height = header.size
-        if width * height > LARGEST:
-            raise BadInput(f"{path}: {width} x {height} pixels, more than {LARGEST:,}")
-        image = torchvision.io.decode_image(torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB, True)
-        return image if image.dtype == torch.uint8 else TF.to_dtype(image, torch.uint8, scale=True)   # 16-bit PNG
-    except BadInput:
-        raise
-    except Exception:                                    # a decoder raises whatever the bytes lead it to
-        raise BadInput(f"{path}: not a readable JPEG or PNG") from None
+        if width * height <= LARGEST:
+            image = decode_image(read_file(str(path)), ImageReadMode.RGB, True)
+            return image if image.dtype == torch.uint8 else TF.to_dtype(image, torch.uint8, scale=True)   # 16-bit PNG
+        wrong = f"{width} x {height} pixels, more than {LARGEST:,}"
+    raise BadInput(f"{path}: {wrong}")
 
 
 def picture_files(folder):
@@ -518,9 +508,7 @@ def train_tokenizer(texts, vocab=2000):
 
 class Tokenizer:
     """Text -> token ids [N]: a start token, the text's pieces, padding (0). Empty text is the start token alone.
-
-    model: what train_tokenizer gave; BadInput when it is something else.
-    """
+    model: what train_tokenizer gave; BadInput when it is something else."""
 
     def __init__(self, model, length=24):
         self.length = length
@@ -545,11 +533,10 @@ class DetectionSet(Dataset):
 
     frames T x uint8 [3,h,w] (in evaluation None for one that cannot be read), boxes_cxcywh T x [M,4] in 0..1 and labels
     T x [M] (empty in evaluation), size T x (w, h) of the picture that boxes are given in, position T x int, a frame's
-    place in the clip. categories: the raw ids in order of class. shortest: (lowest, highest, step)
-    of the shortest side, drawn in training (supplement, section 2.2), the highest in evaluation; longest: limit of
-    the longest side, in pixels. In evaluation a clip of more than `frames` frames makes several items that interleave,
-    so each spans the clip, or one without every_frame. augment=False: training pictures as in evaluation.
-    """
+    place in the clip. categories: the raw ids in order of class. shortest: (lowest, highest, step) of the shortest
+    side, drawn in training (supplement, section 2.2), the highest in evaluation; longest: limit of the longest side,
+    in pixels. In evaluation a clip of more than `frames` frames makes several items that interleave, so each spans the
+    clip, or one without every_frame. augment=False: training pictures as in evaluation."""
 
     def __init__(self, lives, categories, frames, shortest, longest, train, seed=0, every_frame=True, augment=True):
         self.lives, self.categories, self.frames = lives, {c: k for k, c in enumerate(categories)}, frames
@@ -682,11 +669,8 @@ SURE = 0.7      # on val lives 0, 0.6, 0.7, 0.8, 0.9 gave R1 by ICL of 72.4, 74.
 
 
 def boxed_rows(boxes, c, every=False):
-    """Rows of `boxes` (see PairSet) through which clip c is seen.
-
-    Without `every`, as in evaluation, a frame whose box scores less than SURE times the clip's best is left out: most
-    often that box is another product's.
-    """
+    """Rows of `boxes` (see PairSet) through which clip c is seen. Without `every`, as in evaluation, a frame whose box
+    scores less than SURE times the clip's best is left out: most often that box is another product's."""
     rows = np.arange(boxes["start"][c], boxes["start"][c + 1])
     score = boxes["box"][rows, 4]
     return rows if every else rows[score >= SURE * score.max(initial=0)]
@@ -709,8 +693,7 @@ class PairSet(Dataset):
     start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" also which patches the box
     touches, "box" the square around the box. text: what is read, "asr", "title", "both" or "none". Training draws
     `frames` of the frames that have a box (of all where none has), evaluation takes the surer ones at even intervals.
-    augment=False: as in evaluation.
-    """
+    augment=False: nothing is drawn at random, and frames are taken at even intervals."""
 
     def __init__(self, lives, tokenizer, frames, size, grid, view, boxes, train, seed=0, text="both", augment=True):
         if boxes is None and view != "frame":
@@ -718,9 +701,10 @@ class PairSet(Dataset):
         self.lives, self.tokenizer, self.frames, self.size, self.grid = lives, tokenizer, frames, size, grid
         self.view, self.boxes, self.train, self.seed, self.text = view, boxes, train, seed, text
         self.augment = train and augment
-        self.clips = np.flatnonzero(lives.product >= 0) if train else np.arange(len(lives))
+        self.clips = np.flatnonzero((lives.product >= 0) & (lives.lengths > 0)) if train else np.arange(len(lives))
         if train and not len(self.clips):
-            raise BadInput(f"{lives.root}: no training clip names a shop image, so RICE cannot be trained on it")
+            raise BadInput(f"{lives.root}: no training clip has frames and names a shop image, so RICE cannot be "
+                           "trained on it")
 
     def __len__(self):
         return len(self.clips)
@@ -731,21 +715,19 @@ class PairSet(Dataset):
         except BadInput as error:
             if self.lives.split != "train":
                 raise
-            item = self._filled([], [], int(self.clips[key[1]]), "", "", str(error))
-            return item | {"image": torch.zeros(3, self.size, self.size, dtype=torch.uint8), "product": -1}
+            return self._empty(int(self.clips[key[1]])) | {"bad": str(error)}
 
-    def _filled(self, views, keep, c, asr, title, bad):
-        """An item of `frames` views, filled up where there are fewer."""
-        missing = self.frames - len(views)
-        return {"frames": torch.stack(views + [torch.zeros(3, self.size, self.size, dtype=torch.uint8)] * missing),
-                "keep": torch.stack(keep + [torch.ones(self.grid ** 2, dtype=torch.bool)] * missing),
-                "valid": torch.arange(self.frames) < len(views), "clip": c, "bad": bad,
-                "asr": self.tokenizer(asr if self.text in ("asr", "both") else ""),
-                "title": self.tokenizer(title if self.text in ("title", "both") else "")}
+    def _empty(self, c):
+        """An item without a frame and without text."""
+        black, said = torch.zeros(3, self.size, self.size, dtype=torch.uint8), self.tokenizer("")
+        item = {"frames": black.repeat(self.frames, 1, 1, 1),
+                "keep": torch.ones(self.frames, self.grid ** 2, dtype=torch.bool),
+                "valid": torch.zeros(self.frames, dtype=torch.bool), "clip": c, "bad": "", "asr": said, "title": said}
+        return item | {"image": black, "product": -1} if self.train else item
 
     def _item(self, epoch, i):
         c = int(self.clips[i])
-        clip = self.lives.clip(c)
+        clip, item, t = self.lives.clip(c), self._empty(c), 0
         rng = np.random.default_rng((self.seed, epoch, i))
         rows = boxed_rows(self.boxes, c, every=self.train) if self.boxes else []
         positions = [int(self.boxes["position"][r]) for r in rows] or list(range(len(clip.frame_ids)))
@@ -753,24 +735,24 @@ class PairSet(Dataset):
             chosen = sorted(rng.choice(len(positions), self.frames, replace=False))
         else:
             chosen = even_frames(len(positions), self.frames)
-        views, keep, bad = [], [], ""
         for j in chosen:
             try:
                 image, size = self.lives.frame(clip.frame_ids[positions[j]])
             except BadInput as error:
                 if self.train:
                     raise
-                bad = str(error)
+                item["bad"] = str(error)
                 continue
             edges = np.tile(image.shape[:0:-1], 2)                                    # w, h, w, h of the picture
             box = edges * (0, 0, 1, 1)
             if len(rows):                       # from the boxes' pixels to the picture's; what sticks out of it goes
                 box = (self.boxes["box"][rows[j], :4] * (edges / np.tile(size, 2))).clip(0, edges)
             view, kept = self._view(image, box, rng)
-            view, mirrored = self._augment(view, rng)
-            views.append(view)
-            keep.append(kept.view(self.grid, self.grid).flip(1).flatten() if mirrored else kept)
-        item = self._filled(views, keep, c, clip.asr, clip.title, bad)
+            item["frames"][t], mirrored = self._augment(view, rng)
+            item["keep"][t] = kept.view(self.grid, self.grid).flip(1).flatten() if mirrored else kept
+            t += 1
+        item["valid"][:t] = True
+        item |= {name: self.tokenizer(getattr(clip, name)) for name in ("asr", "title") if self.text in (name, "both")}
         if self.train:
             shop = TF.resize(self.lives.image(clip.image_ids[0]), (self.size, self.size), antialias=True)
             item |= {"image": self._augment(shop, rng)[0], "product": int(self.lives.product[c])}
@@ -790,8 +772,7 @@ class PairSet(Dataset):
         return view, kept if self.view == "mask" and kept.any() else torch.ones_like(kept)
 
     def _augment(self, view, rng):
-        """Half of the pictures mirrored, all a little brighter or darker and in another light: -> uint8 [3,S,S], and
-        whether it is mirrored."""
+        """Half of the pictures mirrored, all in a slightly other light -> uint8 [3,S,S], and whether it is mirrored."""
         if not self.augment:
             return view, False
         mirrored = rng.random() < 0.5
@@ -800,10 +781,8 @@ class PairSet(Dataset):
 
 
 class ImageSet(Dataset):
-    """Shop images `ids`: image uint8 [3,S,S], black where it cannot be read; title [N].
-
-    read: id -> uint8 [3,H,W] or BadInput. titles: id -> text. text: what is read, as in PairSet.
-    """
+    """Shop images `ids`: image uint8 [3,S,S], black where it cannot be read; title [N]. read: id -> uint8 [3,H,W] or
+    BadInput. titles: id -> text. text: what is read, as in PairSet."""
 
     def __init__(self, read, titles, tokenizer, size, ids, text="both"):
         self.read, self.titles, self.tokenizer, self.size, self.ids = read, titles, tokenizer, size, ids
@@ -840,9 +819,7 @@ def live_by_live(live_ids, per_live):
 
 def step_batches(order, batch, steps, start=0, seed=0, rank=0, world=1):
     """Batches of (epoch, i) from step `start` to `steps`, a function of (seed, step): a resumed run goes on mid-epoch.
-
-    order(rng) -> the samples of one epoch. `batch` counts samples over all processes; this rank gets its share of each.
-    """
+    order(rng) -> the samples of one epoch. `batch` counts samples over all processes; this rank gets its share."""
     order_of = functools.lru_cache(1)(lambda epoch: order(np.random.default_rng((seed, epoch))))
     count, share = len(order_of(0)), batch // world
     for step in range(start, steps):
@@ -890,11 +867,11 @@ SHOWN = (*KINDS["few"], "pair")
 ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}   # frames of 8 without it (but perhaps on the shelf) -> share of clips
 CLEAR = {"short": 1, "medium": 2, "long": 2}    # frames at least in which it is held alone, by visible duration
 INSTEAD = 0.4           # share of the frames without it in which another product is lifted
-SIMILAR = 0.25          # share of clips, where there are three such, whose decoys are all of the product's own category
+SIMILAR = 0.25          # of the other clips, where there are three such: all decoys are of the product's own category
 PAIR = 0.15             # share of clips that show the product beside one other, always; their ASR names it
 SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}   # of the frame's side; a third each
 SHELF = {"few": (0, 2), "medium": (3, 4), "abundant": (5, 7)}                    # products behind; a third each
-LOOKALIKE = 0.3         # share of products that copy another of their live but for one detail (logo, or pattern)
+LOOKALIKE = 0.3         # of products whose category their live has already: copies but for one detail (logo, pattern)
 BLUR = 0.15             # share of frames with motion blur
 WRONG_WORDS = 0.10      # share of ASR words misheard (the paper measured 90.16 % right)
 
@@ -963,15 +940,6 @@ def _shapes(code, side):
         yield int(shape[1]), mask
 
 
-def _pattern(name, base, second, side):
-    """A square filled with a pattern: RGB picture."""
-    y, x = np.mgrid[:side, :side] / side
-    on = {"plain": np.zeros_like(x, bool), "striped": y * 7 % 1 < 0.4, "barred": x * 7 % 1 < 0.4,
-          "slanted": (x + y) * 6 % 1 < 0.4, "checked": (x * 5 % 1 < 0.5) ^ (y * 5 % 1 < 0.5),
-          "dotted": (x * 6 % 1 - 0.5) ** 2 + (y * 6 % 1 - 0.5) ** 2 < 0.09}[name]
-    return Image.fromarray(np.where(on[..., None], np.uint8(second), np.uint8(base)))
-
-
 def _product(rng, category):
     return {"category": category, "hue": int(rng.integers(len(HUES))), "shade": rng.uniform(0.65, 1, 2).tolist(),
             "drift": rng.uniform(-0.03, 0.03), "second": rng.random(),
@@ -1008,9 +976,14 @@ def _products(rng, categories, count, decoys):
 
 def _sprite(product, side=192):
     """The product's picture, RGBA, cut to its outline."""
-    main = _colour((product["hue"] / len(HUES) + product["drift"]) % 1, *product["shade"])
-    fills = [_pattern(product["pattern"], main, _colour(product["pattern_hue"], 0.25, 0.95), side),
-             _colour(product["second"], 0.7, 0.75), (52, 48, 52)]
+    y, x = np.mgrid[:side, :side] / side
+    on = {"plain": lambda: np.zeros_like(x, bool), "striped": lambda: y * 7 % 1 < 0.4,
+          "barred": lambda: x * 7 % 1 < 0.4, "slanted": lambda: (x + y) * 6 % 1 < 0.4,
+          "checked": lambda: (x * 5 % 1 < 0.5) ^ (y * 5 % 1 < 0.5),
+          "dotted": lambda: (x * 6 % 1 - 0.5) ** 2 + (y * 6 % 1 - 0.5) ** 2 < 0.09}[product["pattern"]]()
+    main = np.uint8(_colour((product["hue"] / len(HUES) + product["drift"]) % 1, *product["shade"]))
+    patterned = np.where(on[..., None], np.uint8(_colour(product["pattern_hue"], 0.25, 0.95)), main)
+    fills = [Image.fromarray(patterned), _colour(product["second"], 0.7, 0.75), (52, 48, 52)]
     sprite, body = Image.new("RGBA", (side, side)), Image.new("L", (side, side))
     for slot, mask in _shapes(CATEGORIES[product["category"]], side):
         sprite.paste(Image.new("RGB", (side, side), fills[slot]) if slot else fills[0], mask=mask)
@@ -1025,13 +998,6 @@ def _sprite(product, side=192):
     return sprite.resize((max(1, round(sprite.width * product["aspect"])), sprite.height))
 
 
-def _title(rng, product):
-    words = [rng.choice(["new", "original", "classic", "hot", "premium"]), HUES[product["hue"]],
-             product["pattern"].replace("plain", ""), product["category"],
-             product["logo"] and f"with {product['logo']}", rng.choice(["free shipping", "sale", "2026", "gift"])]
-    return " ".join(filter(None, words))
-
-
 def _asr(rng, product, pair):
     """What the salesperson says, as a machine heard it: chatter, now and then the product, one word in ten wrong."""
     said = [str(text) for text in rng.choice(CHATTER, 3, replace=False)]
@@ -1044,14 +1010,14 @@ def _asr(rng, product, pair):
 
 def _place(canvas, sprite, rng, x, y, size, tilt=20):
     """Paste a product with its centre at (x, y), its longer side `size` pixels -> its box, hands not counted."""
-    scale = size / max(sprite.size)
-    squeeze = rng.uniform(0.88, 1.0)
+    scale, squeeze = size / max(sprite.size), rng.uniform(0.88, 1.0)
     view = sprite.resize((max(3, round(sprite.width * scale * squeeze)), max(3, round(sprite.height * scale))))
     view = view.rotate(rng.uniform(-tilt, tilt), Image.Resampling.BILINEAR, expand=True)
     left, top = round(x - view.width / 2), round(y - view.height / 2)
     canvas.paste(view, (left, top), view)
-    x1, y1, x2, y2 = view.getchannel("A").point(lambda a: 255 * (a > 40)).getbbox()
-    return [max(0, left + x1), max(0, top + y1), min(canvas.width, left + x2), min(canvas.height, top + y2)]
+    y, x = (np.asarray(view.getchannel("A")) > 40).nonzero()
+    return [max(0, left + int(x.min())), max(0, top + int(y.min())),
+            min(canvas.width, left + int(x.max()) + 1), min(canvas.height, top + int(y.max()) + 1)]
 
 
 def _backdrop(rng, sprites, stock, side, crowd):
@@ -1073,8 +1039,7 @@ def _backdrop(rng, sprites, stock, side, crowd):
 
 def _salesperson(rng, draw, unit, skin, shirt, hair):
     """Draw who sells -> where the two hands are, in pixels. unit: a hundredth of the frame's side."""
-    lean = rng.uniform(-6, 6) * unit
-    middle = 50 * unit + lean
+    middle = 50 * unit + rng.uniform(-6, 6) * unit
     draw.rounded_rectangle([middle - 20 * unit, 44 * unit, middle + 20 * unit, 104 * unit], 9 * unit, fill=shirt)
     draw.rectangle([middle - 4 * unit, 36 * unit, middle + 4 * unit, 47 * unit], fill=skin)
     draw.ellipse([middle - 11 * unit, 12 * unit, middle + 11 * unit, 42 * unit], fill=hair)
@@ -1121,7 +1086,7 @@ def _frame(rng, scene, sprites, product, others, companion, kind, size, look, si
         reach = size * side * rng.uniform(0.22, 0.3)
         draw.ellipse([x - reach, y - reach * 0.8, x + reach, y + reach * 0.8], fill=skin)
     light = rng.uniform(0.75, 1.15) * rng.uniform(0.94, 1.06, 3)
-    frame = frame.point([min(255, int(v * c)) for c in light for v in range(256)])
+    frame = Image.fromarray((np.asarray(frame) * light).clip(max=255).astype(np.uint8))
     if rng.random() < BLUR:
         shift = (1, 0, rng.uniform(1, 3), 0, 1, rng.uniform(-1, 1))
         moved = Image.blend(frame, frame.transform(frame.size, Image.Transform.AFFINE, shift), 0.5)
@@ -1130,16 +1095,12 @@ def _frame(rng, scene, sprites, product, others, companion, kind, size, look, si
 
 
 def _kinds(rng, frames, crowd, pair):
-    """How each frame of a clip is staged; a clip that is no pair shows its product held alone at least once."""
+    """How each frame of a clip is staged, and its visible duration; CLEAR holds for a clip that is no pair."""
     absent = min(frames - 2, round(rng.choice(list(ABSENT), p=list(ABSENT.values())) * frames / 8))
-    clear = CLEAR[_duration(1 - absent / frames)]
-    drawn = rng.choice(list(KINDS[crowd]), frames - absent - clear, p=list(KINDS[crowd].values()))
-    shown = ["pair"] * (frames - absent) if pair else ["held"] * clear + [*drawn]
-    return [str(kind) for kind in rng.permutation(shown + ["absent"] * absent)]
-
-
-def _duration(visible):
-    return "short" if visible < 0.7 else "medium" if visible < 1 else "long"
+    duration = "short" if 1 - absent / frames < 0.7 else "medium" if absent else "long"
+    drawn = rng.choice(list(KINDS[crowd]), frames - absent - CLEAR[duration], p=list(KINDS[crowd].values()))
+    shown = ["pair"] * (frames - absent) if pair else ["held"] * CLEAR[duration] + [*drawn]
+    return [str(kind) for kind in rng.permutation(shown + ["absent"] * absent)], duration
 
 
 def _others(rng, product, products, decoys):
@@ -1158,7 +1119,10 @@ def _shop(rng, folder, products, sprites, side):
     titles = {}
     for product, sprite in zip(products, sprites):
         image_id = f"{int(rng.integers(10 ** 12)):012d}"
-        titles[image_id] = _title(rng, product)
+        words = [rng.choice(["new", "original", "classic", "hot", "premium"]), HUES[product["hue"]],
+                 product["pattern"].replace("plain", ""), product["category"],
+                 product["logo"] and f"with {product['logo']}", rng.choice(["free shipping", "sale", "2026", "gift"])]
+        titles[image_id] = " ".join(filter(None, words))
         picture = Image.new("RGB", (side, side), (rng.integers(235, 256),) * 3)
         _place(picture, sprite, rng, side / 2, side / 2, side * rng.uniform(0.78, 0.9), tilt=3)
         picture.save(folder / f"{image_id}.jpg", quality=90)
@@ -1166,10 +1130,8 @@ def _shop(rng, folder, products, sprites, side):
 
 
 def _render_live(job):
-    """Render one live into the folder -> its split, its id, its clips (dicts), {image id: title of its products}.
-
-    A function of (seed, split, number) alone. The first 11 entries of a clip are the columns of a training row.
-    """
+    """Render one live, a function of (seed, split, number) alone -> its split, its id, its clips (dicts, whose first 11
+    entries are the columns of a training row), {image id: title of its products}."""
     root, split, number, options = job
     side, frames, decoys = options["size"], options["frames"], options["decoys"]
     rng = np.random.default_rng((options["seed"], ("train", "val", "test").index(split), number))
@@ -1188,7 +1150,7 @@ def _render_live(job):
         others, companion = _others(rng, product, products, decoys)
         scale, crowd = str(rng.choice(list(SIZES))), str(rng.choice(list(SHELF)))
         scene = _backdrop(rng, sprites, [product, *others], side, crowd)
-        size, kinds = rng.uniform(*SIZES[scale]), _kinds(rng, frames, crowd, companion is not None)
+        size, (kinds, duration) = rng.uniform(*SIZES[scale]), _kinds(rng, frames, crowd, companion is not None)
         asr = _asr(rng, products[product], companion is not None)
         start = 1667916000000 + number * 86400000 + n * (frames * 1000 + 30000)
         video_id = f"{live}-{start}-{start + frames * 1000}"
@@ -1201,8 +1163,8 @@ def _render_live(job):
         clips.append({
             "video_id": video_id, "frame_ids": frame_ids, "boxes": boxes, "image_id": image_id, "title": title,
             "category": list(CATEGORIES).index(name), "name": name, "asr": asr, "scale": scale,
-            "duration": _duration(sum(map(bool, boxes)) / frames), "number": crowd, "kinds": kinds,
-            "two in view": companion is not None, "near-identical": family.count(family[product]) > 1})
+            "duration": duration, "number": crowd, "kinds": kinds, "two in view": companion is not None,
+            "near-identical": family.count(family[product]) > 1})
     return split, live, clips, titles
 
 
@@ -1224,11 +1186,8 @@ NUMBERS = {                # of a rendering: default, least, most, meaning
 
 
 def render(root, decoys="natural", processes=None, progress=True, **numbers):
-    """Render livestreams into `root` (LPR4M's layout), a function of the numbers alone, see NUMBERS.
-
-    Products of different lives are different ones. decoys: "natural", any other product of the live, or "same", only
-    those of the intended product's category (a stress test). The folder appears when it is complete.
-    """
+    """Render livestreams into `root`, which appears when it is complete: a function of the numbers (see NUMBERS) alone.
+    Lives share no product. decoys: "natural", any other product of the live, or "same", those of its own category."""
     options = {name: default for name, (default, *_) in NUMBERS.items()} | numbers
     for name, number in options.items():
         _, least, most, _ = NUMBERS[name]
@@ -1245,12 +1204,10 @@ def render(root, decoys="natural", processes=None, progress=True, **numbers):
         output_folder(work / folder)
     counts = {"train": options["lives"], "val": options["val_lives"], "test": options["test_lives"]}
     jobs = [(work, split, n, options) for split, count in counts.items() for n in range(count)]
-    done = {split: [] for split in counts}
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        rendered = pool.imap(_render_live, jobs)
-        for split, *live in tqdm(rendered, f"render {root}", len(jobs), unit="live", disable=not progress):
-            done[split].append(live)
-    for split, lives in done.items():
+        done = list(tqdm(pool.imap(_render_live, jobs), f"render {root}", len(jobs), unit="live", disable=not progress))
+    for split in counts:
+        lives = [live for of, *live in done if of == split]
         write_texts(work / "annotations", _annotations(split, lives) if lives else {})
     work.rename(root)
 
@@ -1297,15 +1254,14 @@ def check(root, processes=None):
     if not splits:
         raise BadInput(f"{root}/annotations: no training_videoinfo_*.txt and no test files; "
                        "is this a data folder in the LPR4M layout?")
+    _add(found, "files", [], len(splits))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for split in splits:
-            _add(found, "files", [], 1)
             try:
                 lives = Lives(root, split, lambda text: _add(found, "rows", [text], 1))
+                _check_split(lives, pool, found, boxes, images)
             except BadInput as error:
                 _add(found, "files", [str(error)])
-                continue
-            _check_split(lives, pool, found, boxes, images)
         jobs = ((root, (), None, [image_id]) for image_id in sorted(images))
         looked_at = pool.imap_unordered(_look, jobs, chunksize=64)
         for _, bad, _ in tqdm(looked_at, "check images", len(images), unit="image"):
@@ -1412,10 +1368,8 @@ def _check_partners(lives, found):
 
 def link(download, root):
     """img2dataset's output (numbered pictures, each with a JSON side file of its url) -> root/frames and root/images.
-
     A picture's id is its url's last part; a frame's id ends in -start_ms-end_ms-index. Hard links, or copies across
-    devices; what is there already is left. A frame stored at another size keeps its side file. -> counts
-    """
+    devices; what is there already is left. A frame stored at another size keeps its side file. -> counts"""
     if not Path(download).is_dir():
         raise BadInput(f"{download}: no such folder; expected what img2dataset wrote with --output_format files")
     done = {"linked": 0, "there before": 0, "failed to download": 0, "without an id": 0}
@@ -1465,10 +1419,7 @@ def _link(source, target):
 
 def movingfashion(source, root, processes=None):
     """MovingFashion (train.json, test.json, videos/, imgs/) -> the layout in `root`: a clip a video, a frame a second.
-
-    Frames are taken by the ffmpeg program; a video that was done before is left, one that ffmpeg cannot read is counted
-    and left out. All test images form one gallery.
-    """
+    A video that was done before is left, one that ffmpeg cannot read is left out. All test images form one gallery."""
     source, root = Path(source), Path(root)
     if not shutil.which("ffmpeg"):
         raise BadInput("movingfashion needs the program ffmpeg on PATH to cut videos into frames; install it "
@@ -1530,10 +1481,7 @@ def _cut_video(video_id, path, frames):
                 return 0
             for name in sorted(os.listdir(work), reverse=True):    # the first frame comes last: once there, all are
                 os.replace(f"{work}/{name}", f"{frames}/{video_id}-{name}")
-    count = 1
-    while (frames / f"{video_id}-{count:04d}.jpg").exists():
-        count += 1
-    return count
+    return next(n for n in itertools.count(1) if not (frames / f"{video_id}-{n:04d}.jpg").exists())
 
 
 # ------------------------------------------------------------------ a room of its own: the commands
@@ -1567,9 +1515,8 @@ def main(argv=None):
         "unusable", lambda given: sys.exit(int(check(given.dir, given.processes))), dir=here)
     add("link", "put what img2dataset downloaded into frames/ and images/",
         lambda given: link(given.download, given.dir), download="img2dataset's output folder", dir=here)
-    add("movingfashion", "convert MovingFashion (needs the program ffmpeg)",
-        lambda given: movingfashion(given.source, given.dir, given.processes),
-        source="folder with train.json, test.json, videos/, imgs/", dir=here)
+    add("movingfashion", "convert MovingFashion (needs the program ffmpeg)", lambda given: movingfashion(
+        given.source, given.dir, given.processes), source="folder with train.json, test.json, videos/, imgs/", dir=here)
     for name in ("render", "check", "movingfashion"):
         commands.choices[name].add_argument("--processes", type=int, default=os.cpu_count(), help="processes at work")
     command = add("dedup", "list near-duplicate shop images in DIR/duplicates.txt; deletes none", duplicates, dir=here)

@@ -451,7 +451,8 @@ def attend_near_the_anchor(decoder, heads, gain=2.0):
 class TemporalLayer(nn.Module):
     """Queries of all frames attend to each other: self-attention, cross-attention to the same set as it came in, FFN.
 
-    tokens [B,Q,C], others [B,R,C], own_padding [B,Q], padding [B,R] -> [B,Q,C]. Parameter names are TransVOD Lite's (norm2 comes first).
+    tokens [B,Q,C], others [B,R,C], own_padding [B,Q], padding [B,R] -> [B,Q,C]. Parameter names are TransVOD Lite's
+    (norm2 comes first).
     """
 
     def __init__(self, dim, heads, ffn):

@@ -30,7 +30,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-import uuid
 import zlib
 from pathlib import Path
 
@@ -59,8 +58,7 @@ def average_precision(truth, detections):
     truth: dict of arrays image [G], category [G], box_xyxy [G,4]; detections: the same and score, a row each. Equal
     scores keep the order of images. One category in all rows gives the class-agnostic figure. A category without a true
     box does not count. -> AP, AP50, AP75, APsmall, APmedium, APlarge (-1 where the size has no true box), AR1, AR10,
-    AR100, ARsmall, ARmedium, ARlarge, per_category {category: AP}; ValueError when there is no true box at all.
-    """
+    AR100, ARsmall, ARmedium, ARlarge, per_category {category: AP}; ValueError when there is no true box at all."""
     truth, detections = ({name: np.asarray(value) for name, value in side.items()} for side in (truth, detections))
     if not len(truth["image"]):
         raise ValueError("average_precision: no true box, so there is nothing to find")
@@ -71,15 +69,11 @@ def average_precision(truth, detections):
         measured[category.item()] = _curves(true, found)
     result = {"per_category": {category: float(sizes["all"][0].mean()) for category, sizes in measured.items()}}
     for area in AREAS:
-        curves = [sizes[area][0] for sizes in measured.values() if area in sizes]
-        recall = np.array([sizes[area][1] for sizes in measured.values() if area in sizes])
-        suffix = area if area != "all" else ""
-        result[f"AP{suffix}"] = float(np.mean(curves)) if curves else -1.0
-        if suffix:
-            result[f"AR{suffix}"] = float(recall[:, 2].mean()) if curves else -1.0
-        else:
-            result |= {"AP50": float(np.mean([c[0] for c in curves])), "AP75": float(np.mean([c[5] for c in curves]))}
-            result |= {f"AR{most}": float(recall[:, n].mean()) for n, most in enumerate((1, 10, 100))}
+        curves, name = [sizes[area] for sizes in measured.values() if area in sizes], area.removeprefix("all")
+        result[f"AP{name}"] = float(np.mean([precision for precision, _ in curves])) if curves else -1.0
+        result[f"AR{name or 100}"] = float(np.mean([recall[2] for _, recall in curves])) if curves else -1.0
+    for name, kind, n in (("AP50", 0, 0), ("AP75", 0, 5), ("AR1", 1, 0), ("AR10", 1, 1)):
+        result[name] = float(np.mean([sizes["all"][kind][n] for sizes in measured.values()]))
     return result
 
 
@@ -144,11 +138,8 @@ def overlaps(a, b):
 
 
 def rank_k(similarity, positive, gallery=None, ks=(1, 5, 10)):
-    """Share of queries with a true image among the first k of their gallery: {k: fraction}.
-
-    similarity [Q,M], positive [Q,M] bool, gallery [Q,M] bool (which images a query is compared with; None: all).
-    Every query counts in the denominator; see first_true.
-    """
+    """Share of queries with a true image among the first k of their gallery, of all queries: {k: fraction}. similarity
+    [Q,M], positive [Q,M] bool, gallery [Q,M] bool (which images a query is compared with; None: all)."""
     rank = first_true(similarity, positive, gallery)
     return {k: float((rank < k).mean()) if len(rank) else 0.0 for k in ks}
 
@@ -158,8 +149,7 @@ def first_true(similarity, positive, gallery=None):
     against us; without a true image in the gallery, or a finite score (no prediction), the place is beyond every k."""
     similarity, positive = np.asarray(similarity), np.asarray(positive, bool)
     gallery = np.ones_like(positive) if gallery is None else np.asarray(gallery, bool)
-    known = np.isfinite(similarity)
-    best = np.where(positive & gallery & known, similarity, -np.inf).max(1, initial=-np.inf)
+    best = np.where(positive & gallery & np.isfinite(similarity), similarity, -np.inf).max(1, initial=-np.inf)
     ahead = (gallery & ~positive & ~(similarity < best[:, None])).sum(1)
     return np.where(np.isfinite(best), ahead, np.iinfo(np.int64).max)
 
@@ -167,11 +157,8 @@ def first_true(similarity, positive, gallery=None):
 @torch.no_grad()
 def nearest(queries, images, k, block=1024, wide=8192, group=32):
     """The k images of the greatest product with each query, exactly: queries [Q,D], images [M,D] -> scores and places,
-    both [Q,min(k,M)]. Memory is one block of products, however many images there are.
-
-    The k greatest of a row lie in the k groups of columns with the greatest maxima, and maxima of groups are found much
-    faster than the order of all columns.
-    """
+    both [Q,min(k,M)]. Memory is one block of products. The k greatest of a row lie in the k groups of columns with the
+    greatest maxima, and maxima of groups are found much faster than the order of all columns."""
     found, k = [], min(k, len(images))
     for q in queries.split(block):
         best, place = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.long, device=q.device)
@@ -220,12 +207,10 @@ NEEDED |= dict.fromkeys(("data", "detectors"), lambda value: type(value) is str)
 NEEDED |= dict.fromkeys(("dense", "looks"), lambda value: type(value) in (int, float) and 0 <= value < 2 ** 31)
 NEEDED |= {"keep": whole_numbers,
            "shortest": lambda value: whole_numbers(value) and len(value) == 3 and value[0] <= value[1]}
-NEEDED |= dict.fromkeys("steps frames longest dim heads ffn queries width vit_heads embedding n_neg rerank".split(),
-                        whole_number)
-NEEDED |= dict.fromkeys(("seed", "patch", "overfit"), functools.partial(whole_number, low=0))
-NEEDED |= dict.fromkeys(("layers", "encoder_layers"), functools.partial(whole_number, high=1000))
-NEEDED |= {"decoder_layers": functools.partial(whole_number, low=2, high=1000),
-           "workers": functools.partial(whole_number, low=0, high=1000), "size": functools.partial(whole_number, low=2)}
+NEEDED |= {name: functools.partial(whole_number, low=low, high=high) for names, low, high in (
+    ("steps frames longest dim heads ffn queries width vit_heads embedding n_neg rerank", 1, 2 ** 31),
+    ("seed patch overfit", 0, 2 ** 31), ("layers encoder_layers", 1, 1000), ("decoder_layers", 2, 1000),
+    ("workers", 0, 1000), ("size", 2, 2 ** 31)) for name in names.split()}
 
 
 def build(config, classes, vocab):
@@ -243,8 +228,7 @@ def shapes_of(config, classes, vocab):
     """{name: (shape, type)} of the weights that `build` makes, without memory for them and without a random draw;
     ValueError when sizes do not go together, RuntimeError when they are too large."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = build(config, classes, vocab)
-    return {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+        return {name: (value.shape, value.dtype) for name, value in build(config, classes, vocab).state_dict().items()}
 
 
 def read_checkpoint(path):
@@ -254,9 +238,9 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"config", "model", "step", "categories"} - checkpoint.keys()
+        wrong = f"no {', '.join(sorted(missing))}" if missing else unsound(checkpoint)
     except Exception as error:             # torch.load raises whatever the broken bytes lead it to
-        raise BadInput(f"{path}: not a checkpoint of train.py ({type(error).__name__})") from None
-    wrong = f"no {', '.join(sorted(missing))}" if missing else unsound(checkpoint)
+        wrong = type(error).__name__
     if wrong:
         raise BadInput(f"{path}: not a checkpoint of train.py ({wrong})")
     return checkpoint
@@ -340,12 +324,10 @@ def start_processes():
 
 
 def fresh_part(store, rank, world):
-    """The part of torchrun's store that belongs to this start of the job.
-
-    After a restart the store still holds the addresses of the dead, and who reads one waits for them. So the first
-    process names a part and answers every question in the store, the dead ones' too, until all others have the name.
-    """
-    mine = uuid.uuid4().hex
+    """The part of torchrun's store that belongs to this start of the job. After a restart the store still holds the
+    addresses of the dead, and who reads one waits for them: so the first process names a part, and answers every
+    question in the store, the dead ones' too, until all others have the name."""
+    mine = os.urandom(16).hex()
     if rank:
         store.set(f"question {rank}", mine)
         name = store.get(f"answer to {mine}").decode()
@@ -385,12 +367,10 @@ VOTE = 2.0            # weight of the vote; on val lives 0.5, 1, 2, 4, 8 gave AP
 
 @torch.no_grad()
 def predict(model, config, categories, lives, device, every_frame=True, controls=False):
-    """One box for every frame of a split: by SD, when `model` is MD by MD too, and with `controls` by its two controls.
-
+    """One box for every frame of a split: by SD, when `model` is MD by MD too, and with `controls` by its two controls
     -> arrays over frames: clip [F], position in it [F], and for each method [F,6] = x1 y1 x2 y2 in the annotation's
     pixels, score (-1: the frame cannot be read, there is no box), class. every_frame=False takes only `frames` of each
-    clip, at even intervals: what RICE needs to train.
-    """
+    clip, at even intervals: what RICE needs to train."""
     dataset = data.DetectionSet(lives, categories, config["frames"], config["shortest"], config["longest"], False,
                                 every_frame=every_frame)
     if not len(dataset):
@@ -428,11 +408,9 @@ def predict(model, config, categories, lives, device, every_frame=True, controls
 
 
 def answers_of(model, frames, padding, valid, controls):
-    """{method: (logits [B,T,N,K], boxes [B,T,N,4])} of a batch: "sd", "md", and two controls.
-
-    "md1" is MD, as trained, with each frame as its own clip: what it gains by more layers and training. "vote" is SD
-    whose clip votes on the category, without training: what time gains without comparing products.
-    """
+    """{method: (logits [B,T,N,K], boxes [B,T,N,4])} of a batch: "sd", "md", and two controls. "md1" is MD, as trained,
+    with each frame as its own clip: what it gains by more layers and training. "vote" is SD whose clip votes on the
+    category, without training: what time gains without comparing products."""
     if not isinstance(model, detect.MD):
         logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
         return {"sd": tuple(x[-1].unflatten(0, valid.shape) for x in (logits, boxes))}
@@ -447,11 +425,8 @@ def answers_of(model, frames, padding, valid, controls):
 
 
 def vote(logits, valid):
-    """SD's logits [B,T,N,K] with what the clip's other frames say about the category added; valid [B,T].
-
-    A frame's evidence for a class is the log of its best score for it, normalised over classes; each frame hears the
-    mean of the others. What MD gains beyond this control is more than a vote on the category.
-    """
+    """SD's logits [B,T,N,K] with what the clip's other frames say about the category added; valid [B,T]. A frame's
+    evidence for a class is the log of its best score, normalised over classes; each hears the mean of the others."""
     evidence = logsigmoid(logits).amax(2).log_softmax(-1) * valid[..., None]                     # [B,T,K]
     others = (valid.sum(1, keepdim=True) - 1).clamp(min=1)[..., None]                            # [B,1,1]
     heard = (evidence.sum(1, keepdim=True) - evidence) / others                                  # [B,T,K]
@@ -467,13 +442,10 @@ def predicted_boxes(checkpoint, lives, folder, device, every_frame=True):
     decides = f"{fingerprint(checkpoint)} {lives.root.resolve()} {notes} {sizes} {frames} {every_frame} {VOTE}"
     path = Path(folder) / f"boxes-{lives.split}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}.npz"
     if everyones(path.exists())[0]:                 # one process may look before another has written
-        try:
-            with np.load(path) as saved:
-                rows = dict(saved)
-            if len({len(rows["clip"]), *map(len, rows.values())}) == 1 and rows["clip"].max() < len(lives):
+        with contextlib.suppress(Exception), np.load(path) as saved:            # torn bytes raise whatever they lead to
+            rows = dict(saved)
+            if len(set(map(len, rows.values()))) == 1 and rows["clip"].max() < len(lives):
                 return rows
-        except Exception:                             # whatever torn bytes lead to
-            pass
         raise BadInput(f"{path}: not the boxes that were kept there; remove it, and they are made again")
     model = restore(checkpoint, device)
     rows = predict(model, checkpoint["config"], checkpoint["categories"], lives, device, every_frame,
@@ -520,20 +492,18 @@ def truth_of(rows, lives, categories):
     """The true boxes of the frames in `rows`, which stand clip by clip, for average_precision (image: place in rows;
     category -1: not told), and how each frame was staged [F] ("": not told)."""
     numbers = {raw: k for k, raw in enumerate(categories)}
-    frame, category, box, kinds = [], [], [], np.full(len(rows["clip"]), "", object)
+    true, kinds = [], np.full(len(rows["clip"]), "", object)
     for c, frames in itertools.groupby(range(len(rows["clip"])), lambda f: int(rows["clip"][f])):
         clip = lives.clip(c)
         for f in frames if clip.boxes else ():
             t = int(rows["position"][f])
             kinds[f] = clip.kinds[t] if clip.kinds else ""
-            for *xyxy, raw in clip.boxes[t]:
-                frame.append(f)
-                box.append(xyxy)
-                # A category that training never showed is a class of its own, which no detection can hit.
-                category.append(-1 if raw < 0 else numbers.get(int(raw), len(numbers) + int(raw)))
-    if not frame:
+            # A category that training never showed is a class of its own, which no detection can hit.
+            true += [(f, -1 if raw < 0 else numbers.get(int(raw), len(numbers) + int(raw)), xyxy)
+                     for *xyxy, raw in clip.boxes[t]]
+    if not true:
         raise BadInput(f"{lives.root}: the {lives.split} split has no true boxes, and a detector is judged by boxes")
-    return {"image": np.array(frame), "category": np.array(category), "box_xyxy": np.array(box, np.float64)}, kinds
+    return dict(zip(("image", "category", "box_xyxy"), map(np.array, zip(*true)))), kinds
 
 
 def score_detections(rows, lives, categories):
@@ -547,6 +517,7 @@ def score_detections(rows, lives, categories):
     parts = {"all": np.ones(len(video_ids), bool)}
     parts |= {f"{value} {name}": np.array([video_id in ids for video_id in video_ids])
               for (name, value), ids in lives.members.items()}
+    staged = {kind: kinds == kind for kind in (*data.SHOWN, "absent") if (kinds == kind).any()}
     shown, seen = np.isin(np.arange(len(video_ids)), frame), rows["sd"][:, 4] >= 0
     results, samples = {}, {}
     for method in (m for m in LABELS if m in rows):
@@ -560,11 +531,9 @@ def score_detections(rows, lives, categories):
                            "per category": row_of_table_1(truth, found, parts) if told else dict.fromkeys(COLUMNS_1),
                            "hit": 100 * float(hit[shown].mean()),
                            "category": 100 * float((guess[frame] == truth["category"]).mean()) if told else None,
-                           "kinds": {}}
-        for kind in (k for k in (*data.SHOWN, "absent") if (kinds == k).any()):
-            here = kinds == kind
-            results[method]["kinds"][kind] = {"frames": int(here.sum()), "score": 100 * float(score[here].mean()),
-                                              "hit": 100 * float(hit[here].mean()) if shown[here].any() else None}
+                           "kinds": {kind: {"frames": int(here.sum()), "score": 100 * float(score[here].mean()),
+                                            "hit": 100 * float(hit[here].mean()) if shown[here].any() else None}
+                                     for kind, here in staged.items()}}
     counts = {"clips": len(lives), "frames": len(video_ids), "boxes": len(frame), "missing": int((~seen).sum())}
     return results, counts, samples
 
@@ -663,11 +632,9 @@ class Embedder:
 
 @torch.no_grad()
 def rank_live(embedder, lives, live, clips, sources):
-    """One live: its clips (numbers) against its own gallery, for every source of boxes.
-
-    -> {"live", "clips", "ids" of the gallery, "positive" [Q,M], "score": {source: {"icl": [Q,M], "pmd": ..., "fused":
-    ...}}, "place": {source: {"icl": [Q], ...}}, how many images stand before the first true one, and what is unread}
-    """
+    """One live: its clips (numbers) against its own gallery, for every source of boxes -> {"live", "clips", "ids" of
+    the gallery, "positive" [Q,M], "score": {source: {"icl": [Q,M], "pmd": ..., "fused": ...}}, "place": {source:
+    {"icl": [Q], ...}}, how many images stand before the first true one, and what is unread}"""
     ids = list(dict.fromkeys(lives.galleries.get(live, [])))
     true = [set(lives.positives.get(lives.video_ids[q], [])) for q in clips]
     positive = np.array([[i in images for i in ids] for images in true], bool).reshape(len(clips), len(ids))
@@ -693,13 +660,12 @@ def rank_live(embedder, lives, live, clips, sources):
 
 def box_sources(checkpoint, lives, folder, device, every_source):
     """{"true", "md", "sd": boxes} that RICE is judged through, or {"none": None}, whole frames; and its own source."""
-    config, sources = checkpoint["config"], {}
+    config, sources = checkpoint["config"], {"none": None}
     if config["view"] != "frame":
         found = predicted_boxes(checkpoint["detector"], lives, folder, device) if "detector" in checkpoint else {}
         sources = {"true": data.true_boxes(lives)} if lives.truth else {}
         sources |= {name: seen_through(found, name, len(lives)) for name in ("md", "sd") if name in found}
-    main = config["boxes"] if sources else "none"
-    sources = sources or {"none": None}
+    main = config["boxes"]                                         # "none" where whole frames are the view (unsound)
     if main not in sources:
         raise BadInput(f"{lives.root}: RICE was trained on {SOURCES[main]}, which neither this data nor a detector in "
                        "its checkpoint gives")
@@ -708,12 +674,10 @@ def box_sources(checkpoint, lives, folder, device, every_source):
 
 def score_ranking(checkpoint, lives, folder, device, model=None, every_source=True):
     """Table 2: R1, R5, R10 in each live's gallery, for every source of boxes there is: by ICL, by the PMD, by both.
-
-    Live by live, so that memory holds one gallery; each process takes its share of the lives. every_source=False: only
-    the boxes that the model was trained with. model: that of the checkpoint, when it is built already.
-    -> results {source: {"icl": {"R1": percent, ...}, "pmd": ..., "fused": ...}}, counts, what the picture shows, and
-    through the boxes of the training the place [Q] of each clip's first true image by each score.
-    """
+    Live by live, so that memory holds the tokens of one gallery. every_source=False: only the boxes that the model was trained with.
+    model: that of the checkpoint, when it is built already. -> results {source: {"icl": {"R1": percent, ...}, "pmd":
+    ..., "fused": ...}}, counts, what the picture shows, and through the boxes of the training the place [Q] of each
+    clip's first true image by each score."""
     if not lives.galleries or not lives.positives:
         raise BadInput(f"{lives.root}: the {lives.split} split needs {lives.split}_liveid_to_gallery_*.json and "
                        f"{lives.split}_videoid_to_gtimage_*.json to rank shop images")
@@ -774,15 +738,14 @@ def show_table_2(result, markdown=False):
     names = SCORES | {"pmd": f"PMD on the first {result['config']['rerank']}"}
     rows = [(f"{SOURCES[source]}, {names[score]}", *values.values())
             for source, scores in results.items() for score, values in scores.items()]
-    rows += [("chance", *counts["chance"].values())]
-    rows += [(f"paper's RICE, {name.upper()} boxes", *PAPER_2["boxes", name]) for name in ("sd", "md")]
+    rows += [("chance", *counts["chance"].values()),
+             *((f"paper's RICE, {name.upper()} boxes", *PAPER_2["boxes", name]) for name in ("sd", "md"))]
     print(table(("", "R1", "R5", "R10"), rows, markdown))
     if counts["cases"]:
         print(f"\nR1 of the clips that only words, or only details, can tell ({SOURCES[counts['source']]})\n")
         scores = [name for name in names if name in results[counts["source"]]]
-        print(table(("", "clips", *(names[name] for name in scores)),
-                    [(case, str(value["clips"]), *(value[name] for name in scores))
-                     for case, value in counts["cases"].items()], markdown))
+        rows = [(case, str(hits["clips"]), *(hits[name] for name in scores)) for case, hits in counts["cases"].items()]
+        print(table(("", "clips", *(names[name] for name in scores)), rows, markdown))
     print(f"\nEach live's clips against its own gallery ({SOURCES[counts['source']]}, ICL)\n")
     rows = [(live, str(n), str(m), *row) for live, (n, m, *row) in list(counts["each live"].items())[:12]]
     print(table(("", "clips", "images", "R1", "R5", "R10", "chance R1"), rows, markdown))
@@ -797,11 +760,8 @@ SAME = WEIGHTLESS | {"seed", "preset", "data"}                                # 
 
 def compare(runs, markdown=False):
     """Print one row per configuration, mean and standard deviation over its seeds, then the differences between rows.
-
     runs: what `evaluate` returned, all for the same clips. Rows stand in the order given; each is compared with the one
-    above it (Table 1: MD with SD and its controls), with 95 % intervals by paired bootstrap: clips, or whole lives, are
-    drawn anew, and seeds too. -> {"rows": [...], "differences": [...]} of plain values.
-    """
+    above it (Table 1: MD with SD and its controls). -> {"rows": [...], "differences": [...]} of plain values."""
     if len({json.dumps(samples["live"]) for _, _, samples in runs}) > 1:
         raise BadInput("--ckpt: not evaluated on the same clips; name one data folder with --data")
     rows, detectors = rows_of(runs), runs[0][0]["stage"] != "rice"
@@ -830,8 +790,7 @@ def compare(runs, markdown=False):
 
 
 def rows_of(runs):
-    """One row per configuration and method: its name (the fields in which configurations differ), its numbers, and the
-    samples of each seed."""
+    """One row per configuration and method: its name (the fields that differ), numbers, and samples of each seed."""
     stages = {result["stage"] for result, *_ in runs}
     if "rice" in stages and len(stages) > 1:
         raise BadInput("--ckpt: detectors and RICE have different tables; evaluate them one after the other")
@@ -843,15 +802,13 @@ def rows_of(runs):
         key = (result["stage"], *(json.dumps(result["config"].get(name)) for name in differing))
         groups.setdefault(key, []).append((result, samples))
     for key, members in groups.items():
-        config = members[0][0]["config"]
         for method in members[0][1]["methods"]:
             columns = [columns_of(result, method) for result, _ in members]
             numbers = np.array([list(column.values()) for column in columns], float)
             std = numbers.std(0, ddof=1).tolist() if len(members) > 1 else [None] * len(columns[0])
-            varied = [(name, str(config.get(name))) for name in differing]
-            rows.append({"name": ", ".join([*map("=".join, varied), (SCORES | LABELS)[method]]),
-                         "method": method, "group": key, "varied": varied,
-                         "seeds": [result["config"]["seed"] for result, _ in members],
+            varied = [(name, str(members[0][0]["config"].get(name))) for name in differing]
+            rows.append({"name": ", ".join([*map("=".join, varied), (SCORES | LABELS)[method]]), "method": method,
+                         "group": key, "varied": varied, "seeds": [result["config"]["seed"] for result, _ in members],
                          "mean": dict(zip(columns[0], numbers.mean(0).tolist())), "std": dict(zip(columns[0], std)),
                          "samples": [samples["methods"][method] | {"live": samples["live"]} for _, samples in members]})
     return rows
@@ -919,11 +876,8 @@ def ap50(sample, weights):
 
 
 def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None, every_source=True):
-    """Evaluate one checkpoint.
-
-    -> every number as a dict of plain values, what `draw_examples` draws from, and what `compare` bootstraps: {"live"
-    [Q], "methods": {name: per clip or frame}}.
-    """
+    """Evaluate one checkpoint -> every number as a dict of plain values, what `draw_examples` draws from, and what
+    `compare` bootstraps: {"live" [Q], "methods": {name: per clip or frame}}."""
     start_processes()
     device, checkpoint = pick_device(), read_checkpoint(path)
     config = checkpoint["config"]
@@ -933,12 +887,11 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None
     if config["workers"] < 0 or config["rerank"] < 1:
         raise BadInput("--workers is 0 or more, --rerank 1 or more")
     out = data.output_folder(out or Path(path).parent)
-    # With --overfit a model is judged by the very clips that it was trained on.
-    overfit = config.get("overfit", 0)
+    overfit = config["overfit"]                                  # judged by the very clips that it was trained on
     lives = data.Lives(data_dir or config["data"], "train" if overfit else split)
     lives = lives.few(overfit) if overfit else lives
     if config["stage"] == "rice":
-        boxes = Path(config.get("detectors", out))                   # models that share a detector find its boxes there
+        boxes = Path(config["detectors"])                            # models that share a detector find its boxes there
         results, counts, shown, places = score_ranking(checkpoint, lives, boxes if boxes.is_dir() else out, device,
                                                        every_source=every_source)
         look = ranking_look(shown, lives, places)
@@ -949,7 +902,7 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None
         look = detection_look(rows, lives, list(checkpoint["categories"].values()), methods)
     result = {"stage": config["stage"], "data": str(lives.root), "split": lives.split, "counts": counts,
               "results": results, "step": checkpoint["step"], "seed": config["seed"], "config": config,
-              "fingerprint": fingerprint(checkpoint)}
+              "fingerprint": fingerprint(checkpoint), "versions": checkpoint.get("versions")}
     return result, look, {"live": [data.live_of(v) for v in lives.video_ids], "methods": methods}
 
 
@@ -989,11 +942,8 @@ def write_json(path, value):
 
 @torch.no_grad()
 def duplicates(path, folder, threshold, block=2048):
-    """Groups of shop images whose feature cosine exceeds the threshold (supplement, section 5 (3)).
-
-    Prints the groups and writes folder/duplicates.txt: image to drop <tab> image it repeats; nothing is deleted. Memory
-    is the features and one block of cosines. -> groups, lists of image ids
-    """
+    """Groups of shop images whose feature cosine exceeds the threshold (supplement, section 5 (3)): prints them, writes
+    folder/duplicates.txt: image to drop <tab> image it repeats; nothing is deleted. -> groups, lists of image ids"""
     checkpoint, device = read_checkpoint(path), pick_device()
     if checkpoint["config"]["stage"] != "rice" or not -1 <= threshold <= 1:
         raise BadInput(f"--ckpt {path} --threshold {threshold}: expected a checkpoint of --stage rice and a cosine")
@@ -1089,18 +1039,12 @@ def join(pictures, axis, gap=6):
     return sheet
 
 
-def titled(name, row):
-    """A row of pictures, below its name where it has one."""
-    return join([caption(name, row.width), row], 1, 2) if name else row
-
-
 def picture_of(read, name):
     """What read(name) gives (uint8 [3,H,W]; of a frame also the size that its boxes are in), grey when unreadable."""
-    try:
+    with contextlib.suppress(BadInput):
         pixels = read(name)
-    except BadInput:
-        return GREY
-    return to_pil_image(pixels[0]).resize(pixels[1]) if isinstance(pixels, tuple) else to_pil_image(pixels)
+        return to_pil_image(pixels[0]).resize(pixels[1]) if isinstance(pixels, tuple) else to_pil_image(pixels)
+    return GREY
 
 
 def save_picture(picture, path):
@@ -1125,7 +1069,7 @@ def detection_look(rows, lives, names, samples):
     blue, the true one dashed white), and how many true boxes it missed there [Q]."""
     sample = samples["md" if "md" in samples else "sd"]
 
-    def draw(c, name, height=210, most=8):
+    def draw(c, height=210, most=8):
         clip, strip, here = lives.clip(c), [], np.flatnonzero(rows["clip"] == c)
         for f in here[data.even_frames(len(here), most)]:
             t = int(rows["position"][f])
@@ -1138,7 +1082,7 @@ def detection_look(rows, lives, names, samples):
                      for method, box in found.items()]
             kind = caption(clip.kinds[t] if clip.kinds else "", width)
             strip.append(join([kind, fit(picture, (width, height), boxes), *texts], 1, 0))
-        return titled(name, join(strip, 0, 4)) if strip else None
+        return join(strip, 0, 4) if strip else None
 
     missed = sample["true"] - np.bincount(sample["clip"], sample["hit"], len(lives))
     return {"name": "detections", "hard": missed, "row": draw}
@@ -1147,14 +1091,14 @@ def detection_look(rows, lives, names, samples):
 def ranking_look(shown, lives, places):
     """The same for RICE: clip q and its first images, the place of the first true one [Q], and where it looks."""
     where = {q: (row, n) for row in shown["rows"] if row["ids"] for n, q in enumerate(row["clips"])}
-    score = shown["embedder"].scores[-1]
+    embedder, score = shown["embedder"], shown["embedder"].scores[-1]
 
     def ranked(q):
         row, n = where[q]
         scores = row["score"][shown["source"]][score][n]
         return scores, np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable"), row["ids"], row["positive"][n]
 
-    def draw(q, name):
+    def draw(q):
         if q not in where:
             return None
         scores, order, ids, true = ranked(q)
@@ -1163,14 +1107,22 @@ def ranking_look(shown, lives, places):
             answers += [(m, f"place {n}: ") for n, m in enumerate(order, 1) if true[m]][:1]
         answers = [(picture_of(lives.image, ids[m]), text + lives.titles.get(ids[m], ""), BORDERS[bool(true[m])])
                    for m, text in answers]
-        return ranking_row(clip_strip(lives, q, shown["boxes"]), lives.clip(q).asr, answers, name)
+        return ranking_row(clip_strip(lives, q, shown["boxes"]), lives.clip(q).asr, answers)
 
+    @torch.no_grad()
     def attention(q):
         _, order, ids, _ = ranked(q)
-        return attention_of(shown, lives, q, ids[order[0]])
+        shop, clips = embedder.shop(lives.image, lives.titles, [ids[order[0]]]), embedder.clips(lives, shown["boxes"])
+        (_, image_tokens, _), (_, tokens, padding, seen) = embedder.embed(shop, [0]), embedder.embed(clips, [q])
+        if not seen.any():
+            return None
+        encoded = image_tokens, tokens, padding
+        sheet = attention_sheet(embedder.model, clips[(0, q)]["frames"], shop[(0, 0)]["image"], encoded)
+        text = "red square, a patch of the shop image ranked first; orange, where in the clip it is rebuilt from"
+        return join([caption(f"{lives.video_ids[q]}: {text}", sheet.width, 1 if sheet.width > 800 else 4), sheet], 1, 2)
 
     look = {"name": "ranking", "hard": places[score], "row": draw}
-    return look | ({"attention": attention} if hasattr(shown["embedder"].model, "pfr_head") else {})
+    return look | ({"attention": attention} if hasattr(embedder.model, "pfr_head") else {})
 
 
 def clip_strip(lives, q, boxes, frames=3):
@@ -1184,36 +1136,19 @@ def clip_strip(lives, q, boxes, frames=3):
     return join(pictures or [GREY.resize((SIDE, SIDE))], 0, 4)
 
 
-def ranking_row(strip, said, answers, name):
+def ranking_row(strip, said, answers):
     """A clip's strip with what was said below it, and its first shop images: answers [(picture, text, border)]."""
     wide = ImageOps.pad(strip, (3 * SIDE + 8, SIDE), color="white", centering=(0, 0))      # one frame or three
     cells = [join([wide, caption(f'"{said}"' if said else "", wide.width, 3)], 1, 3)]
     for picture, text, border in answers:
         framed = ImageOps.expand(fit(picture, (SIDE - 8, SIDE - 8)), 4, border)
         cells.append(join([framed, caption(text, SIDE, 3)], 1, 3))
-    return titled(name, join(cells, 0))
-
-
-@torch.no_grad()
-def attention_of(shown, lives, q, first):
-    """The attention sheet of clip q and the image `first` that it ranks first; None when no frame can be read."""
-    embedder = shown["embedder"]
-    shop, clips = embedder.shop(lives.image, lives.titles, [first]), embedder.clips(lives, shown["boxes"])
-    (_, image_tokens, _), (_, tokens, padding, seen) = embedder.embed(shop, [0]), embedder.embed(clips, [q])
-    if not seen.any():
-        return None
-    encoded = image_tokens, tokens, padding
-    sheet = attention_sheet(embedder.model, clips[(0, q)]["frames"], shop[(0, 0)]["image"], encoded)
-    text = "red square, a patch of the shop image ranked first; orange, where in the clip it is rebuilt from"
-    return join([caption(f"{lives.video_ids[q]}: {text}", sheet.width, 1 if sheet.width > 800 else 4), sheet], 1, 2)
+    return join(cells, 0)
 
 
 def attention_sheet(model, frames, image, encoded, patches=4):
-    """From where in a clip PFR rebuilds a few patches of a shop image, as heat: "cross-view semantic alignment" to see.
-
-    frames uint8 [T,3,S,S] and image uint8 [3,S,S] as RICE saw them; encoded: the image's tokens [1,1+P+1,W], the clip's
-    [1,R,W], padding [1,R]. The patches are those with the most detail.
-    """
+    """From where in a clip PFR rebuilds the patches of most detail of a shop image, as heat. frames uint8 [T,3,S,S] and
+    image uint8 [3,S,S] as RICE saw them; encoded: the image's tokens [1,1+P+1,W], the clip's [1,R,W], padding [1,R]."""
     T, grid = len(frames), model.visual.grid
     _, maps = model.pmd(*encoded, torch.zeros(1, 1, dtype=torch.long, device=encoded[0].device))
     maps, padding = model.patch_maps(maps, encoded[2], T)                                    # [1,heads,P,T*P], [1,T*P]
@@ -1238,8 +1173,8 @@ def attention_sheet(model, frames, image, encoded, patches=4):
 def draw_examples(look, folder, count=5):
     """A few clips, evenly spread, on one sheet: folder/detections.png or folder/ranking.png. -> its path"""
     chosen = np.linspace(0, len(look["hard"]) - 1, min(count, len(look["hard"]))).astype(int)
-    rows = [row for c in chosen.tolist() if (row := look["row"](c, ""))]
-    return save_picture(join(rows or [GREY], 1, 14), Path(folder) / f"{look['name']}.png")
+    rows = list(filter(None, map(look["row"], chosen.tolist()))) or [GREY]
+    return save_picture(join(rows, 1, 14), Path(folder) / f"{look['name']}.png")
 
 
 def draw_misses_and_hits(look, folder, count):
@@ -1249,7 +1184,7 @@ def draw_misses_and_hits(look, folder, count):
     hits = np.flatnonzero(look["hard"] == 0)
     hits, paths = hits[data.even_frames(len(hits), count)].tolist(), []
     for name, clips in (("misses", misses), ("hits", hits)):
-        paths += pages((look["row"](c, "") for c in watch(clips, f"draw {name}")), folder, f"{look['name']}-{name}")
+        paths += pages(map(look["row"], watch(clips, f"draw {name}")), folder, f"{look['name']}-{name}")
     if "attention" in look:
         paths += pages(map(look["attention"], watch(hits[:count // 4 + 1], "draw attention")), folder, "attention", 1)
     return paths
@@ -1259,9 +1194,12 @@ def draw_comparison(looks, names, folder, count):
     """Two models' rows under each other, for the clips in which they differ most, to each one's gain in turn."""
     data.output_folder(folder)
     gain = looks[1]["hard"].clip(max=1000) - looks[0]["hard"].clip(max=1000)
-    chosen = np.stack([np.argsort(-gain, kind="stable"), np.argsort(gain, kind="stable")], 1).flatten()[:count].tolist()
-    pairs = ([look["row"](c, name) for look, name in zip(looks, names)] for c in watch(chosen, "draw both"))
-    return pages((join(pair, 1) for pair in pairs if all(pair)), folder, f"{looks[0]['name']}-compared", 3)
+    by_turns = np.stack([np.argsort(-gain, kind="stable"), np.argsort(gain, kind="stable")], 1).flatten().tolist()
+    chosen = list(dict.fromkeys(by_turns))[:count]
+    pairs = ([look["row"](c) for look in looks] for c in watch(chosen, "draw both"))
+    sheets = (join([join([caption(name, row.width), row], 1, 2) for name, row in zip(names, pair)], 1)
+              for pair in pairs if all(pair))
+    return pages(sheets, folder, f"{looks[0]['name']}-compared", 3)
 
 
 def draw_curves(log, path, result=None):
@@ -1419,14 +1357,12 @@ def open_shop(folder, titles, embedder, key):
     root, files = Path(folder).resolve(), data.picture_files(folder)
     names = [path.relative_to(folder).as_posix() for path in files]
     titles = {name: titles.get(name, titles.get(name.rpartition(".")[0], "")) for name in names}
-    stamps = [(path.stat().st_size, path.stat().st_mtime_ns, zlib.crc32(titles[name].encode()))
-              for path, name in zip(files, names)]
+    marks = [f"{name} {path.stat().st_size} {path.stat().st_mtime_ns} {zlib.crc32(titles[name].encode())}"
+             for path, name in zip(files, names)]
     kept, known = root.parent / f".{root.name}-{key[:12]}.npz", {}
     with contextlib.suppress(Exception), np.load(kept) as saved:     # none, or a torn one, which raises anything
         if saved["feature"].shape[1:] == (2 * embedder.config["embedding"],) and saved["feature"].dtype == np.float32:
-            columns = (saved[column] for column in ("names", "stamps", "feature", "seen"))
-            known = {(str(name), *stamp.tolist()): row for name, stamp, *row in zip(*columns)}
-    marks = [(name, *stamp) for name, stamp in zip(names, stamps)]
+            known = {mark: row for mark, *row in zip(saved["marks"].tolist(), saved["feature"], saved["seen"])}
     shop = embedder.shop(functools.partial(read_below, folder), titles, names)
     new = [n for n, mark in enumerate(marks) if mark not in known]
     if new:
@@ -1435,8 +1371,8 @@ def open_shop(folder, titles, embedder, key):
     feature, seen = (np.array(column) for column in zip(*(known[mark] for mark in marks)))       # [M,D], [M]
     if new:
         # A folder that is not ours to write to is embedded anew each time.
-        with contextlib.suppress(OSError), data.whole(kept) as part, open(part, "wb") as file:
-            np.savez(file, names=names, stamps=np.array(stamps), feature=feature, seen=seen)
+        with contextlib.suppress(OSError), data.whole(kept, f".{os.getpid()}") as part, open(part, "wb") as file:
+            np.savez(file, marks=marks, feature=feature, seen=seen)
     if not seen.any():
         raise BadInput(f"{folder}: none of its {len(files)} pictures can be read")
     shop.ids = np.array(names)[seen].tolist()
@@ -1478,15 +1414,14 @@ def clock(seconds):
 
 def recognise(path, options):
     """Which product of a shop is on sale when (supplement, section 5 (4)): a recording cut into clips of `window`
-    frames, one every `every` seconds, each ranked against the shop's pictures. options: the flags of `main`.
-
-    Writes OUT/answers.jsonl, a line a clip as soon as it is known: {"start", "end" seconds, "boxes" a frame (x1 y1 x2
-    y2 score in pixels, or null), "asr", "top": [[image, score]], "margin" between the first two}, a strip of each clip
-    in OUT/clips/, and OUT/answers-*.png. A run that was stopped goes on after its last line. Memory holds one clip.
-    """
+    frames, one every `every` seconds, each ranked against the shop's pictures. options: the flags of `main`. Writes
+    OUT/answers.jsonl, a line a clip as soon as it is known: {"start", "end" seconds, "boxes" a frame (x1 y1 x2 y2 score
+    in pixels, or null), "asr", "top": [[image, score]], "margin" between the first two}, a strip of each clip in
+    OUT/clips/, and OUT/answers-*.png. A run that was stopped goes on after its last line. Memory holds one clip."""
     checkpoint, device, source = read_checkpoint(path), pick_device(), options.live
     key, rerank = fingerprint(checkpoint), options.rerank or 0
     check_live_flags(path, checkpoint["config"], options)
+    checkpoint["config"] |= {} if options.workers is None else {"workers": options.workers}
     length, said = seconds_of(source, options.fps), read_tabbed(options.asr, "seconds", finite)
     embedder, finder = Embedder(checkpoint, device), finder_of(path, checkpoint, options.detector, device)
     shop, feature = open_shop(options.shop, dict(read_tabbed(options.titles, "image")), embedder, key)
@@ -1502,7 +1437,7 @@ def recognise(path, options):
             margin = round(best[0][1] - best[1][1], 4) if len(best) > 1 else None
             answers.append({"start": start, "end": end, "boxes": boxes_by_frame(boxes, len(recording.pictures)),
                             "asr": recording.asr, "top": best[:options.top], "margin": margin})
-            clip_strip(recording, 0, boxes).save(strip_of(out, answers[-1]), quality=90)
+            clip_strip(recording, 0, boxes).save(out / "clips" / f"{start:.3f}.jpg", quality=90)
             file.write(json.dumps(answers[-1], ensure_ascii=False) + "\n")
             file.flush()
             bar.set_postfix_str(f"{clock(start)} {best[0][0] if best else 'nothing readable'}", refresh=False)
@@ -1515,8 +1450,7 @@ def recognise(path, options):
 
 
 def check_live_flags(path, config, options):
-    """BadInput when a flag of a live is out of range, or asks for what the checkpoint's `config` cannot do; --workers
-    goes into it."""
+    """BadInput when a flag of a live is out of range, or asks for what the checkpoint's `config` cannot do."""
     if config["stage"] != "rice":
         raise BadInput(f"--ckpt {path}: a live is recognised by a checkpoint of --stage rice, not {config['stage']}")
     for name in ("every", "fps", "window", "top"):
@@ -1526,7 +1460,6 @@ def check_live_flags(path, config, options):
         raise BadInput("--rerank and --workers: expected 0 or more")
     if options.rerank and "pmd" not in config["losses"].split(","):
         raise BadInput(f"--rerank: {path} has no PMD (--losses {config['losses']})")
-    config["workers"] = config["workers"] if options.workers is None else options.workers
 
 
 def windows_of(options, said, start):
@@ -1540,15 +1473,9 @@ def windows_of(options, said, start):
 
 
 def boxes_by_frame(boxes, frames):
-    """What PairSet wants -> for each frame x1 y1 x2 y2 score, or None where it has no box."""
-    drawn = [None] * frames
-    for t, (*xyxy, score, _) in zip(boxes["position"], boxes["box"].tolist()) if boxes else ():
-        drawn[t] = [*(round(v, 2) for v in xyxy), round(score, 4)] if score >= 0 else None
-    return drawn
-
-
-def strip_of(out, answer):
-    return out / "clips" / f"{answer['start']:.3f}.jpg"
+    """What `predict` gave for each of `frames` frames -> x1 y1 x2 y2 score, or None where there is no box."""
+    return [[*(round(v, 2) for v in xyxy), round(score, 4)] if score >= 0 else None
+            for *xyxy, score, _ in boxes["box"].tolist()] if boxes else [None] * frames
 
 
 def answers_before(out, settings):
@@ -1590,8 +1517,9 @@ def show_answers(answers, out, shop):
     def drawn(clip, when):
         images = [(picture_of(shop.read, name), f"{score:.1f} {shop.titles.get(name) or name}", BORDERS[None])
                   for name, score in clip["top"]]
-        with Image.open(strip_of(out, clip)) as strip:
-            return ranking_row(strip.convert("RGB"), clip["asr"], images, when)
+        with Image.open(out / "clips" / f"{clip['start']:.3f}.jpg") as strip:
+            row = ranking_row(strip.convert("RGB"), clip["asr"], images)
+        return join([caption(when, row.width), row], 1, 2)
 
     paths = pages(itertools.starmap(drawn, watch(rows, "draw answers")), out, "answers")
     print(f"\nanswers: {out / 'answers.jsonl'}\npictures: {', '.join(map(str, paths))}")
@@ -1608,7 +1536,7 @@ def flags():
         "and configuration. Several (or a pattern): one row per configuration, mean and deviation over seeds")
     add("--data", help="data folder in the LPR4M layout (default: the one it was trained on)")
     add("--split", default="test", choices=["test", "val"], help="which lives (default: test)")
-    add("--out", help="folder for pictures and cached boxes (default: the checkpoint's; with --live: runs/live)")
+    add("--out", help="folder for pictures and a detector's boxes (default: the checkpoint's; with --live: runs/live)")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--json", help="write every number to this file too")
     add("--rerank", type=int, help="how many first images the PMD scores (default: as configured; with --live: 0)")

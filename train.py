@@ -122,13 +122,13 @@ PRESETS = {
         "sd": {}, "md": {"lr": 2e-4, "backbone_lr": 2e-5},
         "rice": {"epochs": 5.0, "batch": 256, "lr": 1e-4, "backbone_lr": 1e-6, "weight_decay": 0.2, "clip_norm": 1.0}},
     "tiny": {
-        "all": {"workers": 1, "save_every": 100, "log_every": 20, "frames": 8, "shortest": [80, 96, 16], "longest": 176,
+        "all": {"workers": 2, "save_every": 100, "log_every": 20, "frames": 8, "shortest": [80, 96, 16], "longest": 176,
                 "schedule": "cosine", "drop": 0.5, "clip_norm": 1.0, "backbone": "small", "dim": 128, "heads": 4,
                 "encoder_layers": 1, "decoder_layers": 3, "ffn": 256, "queries": 16, "dense": 1.0, "looks": 1.0,
                 "keep": [12, 8, 4]},
         "sd": {"steps": 800, "batch": 32, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 50},
         "md": {"steps": 440, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
-        "rice": {"workers": 2, "steps": 350, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1,
+        "rice": {"steps": 350, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30, "drop": 0.1,
                  "weight_decay": 0.05, "clip_norm": 5.0, "train_frames": 3, "per_live": 24, "width": 128, "layers": 2,
                  "vit_heads": 4, "patch": 0, "size": 64, "embedding": 128}},
     "small": {

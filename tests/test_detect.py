@@ -267,3 +267,9 @@ def test_detectors_compile_and_export(name):
     expected = model(*inputs)
     for made in (torch.export.export(model, inputs).module(), torch.compile(model, fullgraph=True, backend="eager")):
         torch.testing.assert_close(made(*inputs), expected)
+
+
+def test_group_norm_is_exact_in_bf16_too():
+    norm, x = detect.GroupNorm(4, 16), 3 + torch.randn(2, 16, 5, 7)
+    expected = torch.nn.functional.group_norm(x.bfloat16().float(), 4, norm.weight, norm.bias)
+    close(norm(x.bfloat16(), torch.ones(2, 1, 5, 7, dtype=torch.bool)), expected)

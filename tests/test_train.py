@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -344,6 +345,42 @@ def test_all_processes_skip_alike_and_stop_when_too_much_is_broken(broken, tmp_p
         train.main([*flags, "--data", str(worse), "--out", str(tmp_path / "alone")])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "more than 1 %" in said and "Traceback" not in said
+
+
+def test_a_clip_without_frames_teaches_rice_nothing(livestreams, run_one, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(livestreams, root)
+    (path,) = (root / "annotations").glob("training_videoinfo_*.txt")
+    first, *others = path.read_text().splitlines(True)
+    columns = first.split("\t")
+    path.write_text("\t".join([columns[0], "[]", "[]", *columns[3:]]) + "".join(others))
+    lives = data.Lives(root, "train")
+    assert lives.lengths[0] == 0 and lives.product[0] >= 0
+    pairs = data.PairSet(lives, data.Tokenizer(torch.zeros(0, dtype=torch.uint8)), 2, 48, 3, "frame", None, True)
+    assert 0 not in pairs.clips and len(pairs) == len(lives) - 1
+
+
+def test_rice_is_not_judged_on_what_it_was_not_trained_on(run_one, livestreams, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(livestreams, root)
+    for path in (root / "annotations").glob("test_frameid2gtbox_*"):
+        path.unlink()
+    checkpoint = evaluation.read_checkpoint(run_one / "rice.pt")
+    checkpoint["config"]["boxes"] = "true"
+    del checkpoint["detector"]
+    with pytest.raises(data.BadInput, match="RICE was trained on true boxes"):
+        evaluation.box_sources(checkpoint, data.Lives(root, "test"), tmp_path, torch.device("cpu"), True)
+
+
+def test_a_comparison_draws_each_clip_once(tmp_path):
+    drawn = []
+
+    def row(c):
+        drawn.append(c)
+        return evaluation.GREY
+    looks = [{"name": "x", "hard": np.array(hard), "row": row} for hard in ([0, 0, 3, 0, 0], [0, 2, 0, 0, 0])]
+    evaluation.draw_comparison(looks, ("a", "b"), tmp_path, 9)
+    assert drawn[::2] == [1, 2, 0, 3, 4]
 
 
 def test_skipping_a_pair_equals_a_batch_without_it():
