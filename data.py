@@ -131,7 +131,10 @@ def output_folder(path):
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line, as everything here does."""
+    """Complains in one line, as everything here does; its help has no blank lines, to fit a screen."""
+
+    def format_help(self):
+        return re.sub(r"\n\n+(?=\S)", "\n", super().format_help())
 
     def error(self, message):
         print(f"error: {message}; `python {self.prog} --help` lists what there is", file=sys.stderr)

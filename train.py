@@ -60,8 +60,8 @@ class Config:
     stage: str = option("sd", "run", "sd, md, rice, or all of them in this order")
     preset: str = option("tiny", "run", "tiny: the quickstart; small: 34 categories, for a GPU; paper: the recipe")
     data: str = option("runs/livestreams", "run", "data folder in LPR4M's layout; the default ones are rendered")
-    out: str = option("", "run", "run folder: checkpoints, logs, pictures; default: runs/PRESET, or runs/overfit")
-    detectors: str = option("", "run", "run folder of the sd.pt and md.pt that a later stage needs; default: --out")
+    out: str = option("", "run", "run folder: checkpoints, logs, pictures [runs/PRESET, with --overfit runs/overfit]")
+    detectors: str = option("", "run", "run folder of the sd.pt and md.pt that a later stage needs [--out]")
     overfit: int = option(0, "run", "learn this many clips by heart and evaluate on them: can it learn at all?", low=0)
     seed: int = option(0, "run", "decides initialisation, order, augmentation and negatives", low=0)
     init: str = option("", "run", "public weights to start from: DAB-DETR's or a ResNet's (sd), CLIP's (rice)")
@@ -719,9 +719,9 @@ def main(argv=None):
         group = parser.add_argument_group(group)
         for item in items:
             default = "all" if item.name == "stage" else item.metadata["default"]
-            shown = ",".join(map(str, default)) if item.type is list else default
+            shown = f" [{','.join(map(str, default)) if item.type is list else default}]" if default != "" else ""
             group.add_argument(flag(item.name), type=numbers if item.type is list else item.type, metavar="X",
-                               default=argparse.SUPPRESS, help=f"{item.metadata['help']} [{shown}]")
+                               default=argparse.SUPPRESS, help=item.metadata["help"] + shown)
     try:
         data.guarded(run, vars(parser.parse_args(argv)))
     except Stopped as stopped:
