@@ -380,14 +380,14 @@ class SD(nn.Module):
     def loss(self, batch):
         """A batch of collate_detection (frames as normalised floats) -> the loss and its terms for the log."""
         names = "frames", "padding", "labels", "boxes_cxcywh", "valid"
-        frames, padding, labels, boxes, valid = (batch[name].flatten(0, 1) for name in names)
-        contents, predicted, memory, *_ = self.features(frames, padding)
-        loss, terms = detection_loss(self.class_embed(contents), predicted, labels, boxes, valid)
+        frames, padding, labels, targets, valid = (batch[name].flatten(0, 1) for name in names)
+        contents, boxes, memory, *_ = self.features(frames, padding)
+        loss, terms = detection_loss(self.class_embed(contents), boxes, labels, targets, valid)
         if self.dense:
-            terms["dense"] = self._dense_loss(memory, padding, labels, boxes)
+            terms["dense"] = self._dense_loss(memory, padding, labels, targets)
             loss = loss + self.dense * terms["dense"]
         if self.looks:
-            terms["looks"] = self._looks_loss(contents[-1], predicted[-1], frames, padding, valid)
+            terms["looks"] = self._looks_loss(contents[-1], boxes[-1], frames, padding, valid)
             loss = loss + self.looks * terms["looks"]
         return loss, {name: value.detach() for name, value in terms.items()}
 
@@ -400,14 +400,14 @@ class SD(nn.Module):
         error = (self.looks_embed(contents).flatten(0, 1).float() - pixels).square().mean(1)     # [B*N]
         return (error.view(len(frames), -1).mean(1) * valid).sum() / share_of_all(valid.sum())
 
-    def _dense_loss(self, memory, padding, labels, boxes):
+    def _dense_loss(self, memory, padding, labels, targets):
         """Cross-entropy of the category of each token in the middle 70 % of a box: memory [B,S,C] -> a number."""
         h, w = (math.ceil(n / self.backbone[0].stride) for n in padding.shape[1:])                # S = h * w
         extent = picture_size(padding)                                                            # [B,2]
         y, x = ((torch.arange(n, device=memory.device) + 0.5) / n * size for n, size in zip((h, w), padding.shape[1:]))
         place = torch.cartesian_prod(y, x).flip(-1) / extent[:, None]                             # [B,S,2] as boxes
-        inside = ((place[:, :, None] - boxes[:, None, :, :2]).abs() < 0.35 * boxes[:, None, :, 2:]).all(-1)  # [B,S,M]
-        inside = inside & (labels >= 0)[:, None]                                                  # [B,S,M]
+        near = (place[:, :, None] - targets[:, None, :, :2]).abs() < 0.35 * targets[:, None, :, 2:]  # [B,S,M,2]
+        inside = near.all(-1) & (labels >= 0)[:, None]                                            # [B,S,M]
         logits = self.dense_embed(memory).float().log_softmax(-1)                                 # [B,S,K]
         right = logits.gather(2, labels.clamp(min=0)[:, None].expand(-1, memory.shape[1], -1))    # [B,S,M]
         return -(right * inside).sum() / share_of_all(inside.sum())

@@ -674,10 +674,10 @@ def box_sources(checkpoint, lives, folder, device, every_source):
 
 def score_ranking(checkpoint, lives, folder, device, model=None, every_source=True):
     """Table 2: R1, R5, R10 in each live's gallery, for every source of boxes there is: by ICL, by the PMD, by both.
-    Live by live, so that memory holds the tokens of one gallery. every_source=False: only the boxes that the model was trained with.
-    model: that of the checkpoint, when it is built already. -> results {source: {"icl": {"R1": percent, ...}, "pmd":
-    ..., "fused": ...}}, counts, what the picture shows, and through the boxes of the training the place [Q] of each
-    clip's first true image by each score."""
+    Live by live, so that memory holds the tokens of one gallery. every_source=False: only the boxes that the model was
+    trained with. model: that of the checkpoint, when it is built already. -> results {source: {"icl": {"R1": percent,
+    ...}, "pmd": ..., "fused": ...}}, counts, what the picture shows, and through the boxes of the training the place
+    [Q] of each clip's first true image by each score."""
     if not lives.galleries or not lives.positives:
         raise BadInput(f"{lives.root}: the {lives.split} split needs {lives.split}_liveid_to_gallery_*.json and "
                        f"{lives.split}_videoid_to_gtimage_*.json to rank shop images")

@@ -489,7 +489,7 @@ class _Tensors(pickle.Unpickler):
 
 
 def read_torchscript(path):
-    """State dict of a TorchScript archive such as OpenAI's CLIP files; BadZipFile, KeyError or IndexError if it is none."""
+    """State dict of a TorchScript archive such as OpenAI's CLIP files; BadZipFile, KeyError or IndexError if none."""
     def walk(record, prefix):
         for name, value in vars(record).items():
             if torch.is_tensor(value):
