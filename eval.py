@@ -251,7 +251,7 @@ def unsound(checkpoint):
     and weights are finite, of the names and shapes that it asks for. RICE's detector is held against the same rules."""
     try:
         config, weights, detector = checkpoint["config"], checkpoint["model"], checkpoint.get("detector")
-        json.dumps(config, ensure_ascii=False).encode()                          # as every result holds it
+        json.dumps([config, checkpoint.get("versions")], ensure_ascii=False).encode()      # as every result holds them
         wrong = [f"{name} {ascii(config[name])[:40]}" if name in config else f"no {name}"
                  for name, fits in NEEDED.items() if not fits(config.get(name))]
         wrong += [f"{name} {ascii(value)[:40]}" for name, value in config.items() if not str(value).isprintable()]
@@ -891,8 +891,8 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, top=None
     lives = data.Lives(data_dir or config["data"], "train" if overfit else split)
     lives = lives.few(overfit) if overfit else lives
     if config["stage"] == "rice":
-        boxes = Path(config["detectors"])                            # models that share a detector find its boxes there
-        results, counts, shown, places = score_ranking(checkpoint, lives, boxes if boxes.is_dir() else out, device,
+        shared = Path(config["detectors"])                           # models that share a detector find its boxes there
+        results, counts, shown, places = score_ranking(checkpoint, lives, shared if shared.is_dir() else out, device,
                                                        every_source=every_source)
         look = ranking_look(shown, lives, places)
         methods = {name: {"place": place} for name, place in places.items()}

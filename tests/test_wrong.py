@@ -377,6 +377,7 @@ TABLE = [
     ("a weight of another shape", MD, checkpoint("sd.pt", lambda c: c["model"].update({"class_embed.bias": torch.zeros(99)})), "weights that do not fit"),
     ("categories a list", TABLE1, checkpoint("sd.pt", lambda c: c.update(categories=list(c["categories"]))), "not a checkpoint of train.py"),
     ("a category less", TABLE1, checkpoint("sd.pt", lambda c: c["categories"].popitem() and None), "weights that do not fit"),
+    ("versions a tensor", TABLE1, checkpoint("sd.pt", lambda c: c.update(versions=torch.ones(2))), "not a checkpoint of train.py"),
     ("step a text", TABLE1, checkpoint("sd.pt", lambda c: c.update(step="2")), "not a checkpoint of train.py"),
     ("step beyond the last", AGAIN, checkpoint("sd.pt", lambda c: c.update(step=99)), "step: expected 0 to 2"),
     ("no optimizer to go on with", AGAIN, also(STANDS_AT_1, checkpoint("sd.pt", lambda c: c.pop("optimizer") and None)), "optimizer's state does not fit"),
