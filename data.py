@@ -245,7 +245,8 @@ def _index(path, complain=None):
                 complain(wrong)
                 continue
             length = columns[1].count(b",") + (columns[1].strip(b" []") != b"")
-            # A box list of [] was never annotated: no detector may learn from it that nothing is there.
+            # A box list of [] was never annotated: no detector may learn from it that nothing is there, as it does from
+            # the [] or zeros of one frame. Over 8 bytes it has entries, so a long column is not copied to be asked.
             annotated = len(columns[2]) > 8 or columns[2].translate(None, b" ") not in (b"", b"[]")
             packed += ROW_BYTES.pack(start, *_numbers(columns), row, length, annotated)
             if raw and int(raw) not in categories:
@@ -695,7 +696,8 @@ class PairSet(Dataset):
     "position" [F], "box" [F,6]} = the boxes (x1 y1 x2 y2 in pixels, score, class) of clip c at rows
     start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" also which patches the box
     touches, "box" the square around the box. text: what is read, "asr", "title", "both" or "none". Training draws
-    `frames` of the frames that have a box (of all where none has), evaluation takes the surer ones at even intervals.
+    `frames` of the frames that have a box in `boxes` (a detector's: --frames even ones of a clip; of all where none
+    has), evaluation takes the surer ones at even intervals.
     augment=False: nothing is drawn at random, and frames are taken at even intervals."""
 
     def __init__(self, lives, tokenizer, frames, size, grid, view, boxes, train, seed=0, text="both", augment=True):

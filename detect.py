@@ -199,8 +199,9 @@ class Decoder(nn.Module):
         reference = anchors                                                                      # [B,N,4]
         for i, layer in enumerate(self.layers):
             # The anchor that a layer computes with is detached (the first is learned), the content x never is. What the
-            # layer's reported box starts from is not detached, so the loss on this box still reaches the box head of
-            # the layer before. Reported boxes are made from normed contents, the next anchor is not.
+            # layer's reported box starts from is not detached, so the loss on this box still reaches what the layer
+            # before gave to the box head (one for all layers). Reported boxes are made from normed contents, the next
+            # anchor is not.
             references.append(reference)
             anchors = reference if i == 0 else reference.detach()                                # [B,N,4]
             x = layer(x, *self.positions(anchors, x, scaled=i > 0), memory, position, padding)   # [B,N,C]
@@ -541,6 +542,7 @@ class MD(nn.Module):
         return all_logits, all_boxes
 
     def forward(self, frames, padding, valid):
+        # Evaluation calls the two parts itself (eval.answers_of): SD then runs once for SD, MD and the controls.
         *found, scene = self.single(frames, padding)
         logits, boxes = self.temporal(*found, scene, valid)                                      # [B,T,k,.] a step
         return logits, boxes, pick(logits[-1], boxes[-1])[0]                                     # [B,T,4]

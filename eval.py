@@ -408,9 +408,9 @@ def predict(model, config, categories, lives, device, every_frame=True, controls
 
 
 def answers_of(model, frames, padding, valid, controls):
-    """{method: (logits [B,T,N,K], boxes [B,T,N,4])} of a batch: "sd", "md", and two controls. "md1" is MD, as trained,
-    with each frame as its own clip: what it gains by more layers and training. "vote" is SD whose clip votes on the
-    category, without training: what time gains without comparing products."""
+    """{method: (logits [B,T,N,K], boxes [B,T,N,4])} of a batch: "sd", "md", and two controls. "md1" is MD as trained, not
+    anew, with each frame as its own clip: what it gains by more layers and training. "vote" is SD whose clip votes on
+    the category, without training: what time gains without comparing products."""
     if not isinstance(model, detect.MD):
         logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
         return {"sd": tuple(x[-1].unflatten(0, valid.shape) for x in (logits, boxes))}
@@ -530,7 +530,8 @@ def score_detections(rows, lives, categories):
         results[method] = {"class-agnostic": row_of_table_1(*alike, parts),
                            "per category": row_of_table_1(truth, found, parts) if told else dict.fromkeys(COLUMNS_1),
                            "hit": 100 * float(hit[shown].mean()),
-                           "category": 100 * float((guess[frame] == truth["category"]).mean()) if told else None,
+                           "category": 100 * float(((guess[frame] == truth["category"]) & seen[frame]).mean())
+                           if told else None,
                            "kinds": {kind: {"frames": int(here.sum()), "score": 100 * float(score[here].mean()),
                                             "hit": 100 * float(hit[here].mean()) if shown[here].any() else None}
                                      for kind, here in staged.items()}}

@@ -181,7 +181,8 @@ def icl_loss(clip, image, scale, product=None):
     """Instance contrastive loss: symmetric InfoNCE over the pairs of all processes.
 
     clip, image [B,D] (normalised here), scale of the cosine, product [B] (-1: not read, left out) -> the mean of both
-    directions. Clips of a batch may show the same product: such a pair is no negative (in the public code it is one).
+    directions. Clips of a batch may show the same product, told by the image's id: such a pair is no negative (in the
+    public code it is one).
     """
     own = torch.arange(len(clip), device=clip.device) + first_row(len(clip))                     # [B]
     with torch.autocast(clip.device.type, enabled=False):                    # bf16 would blur the cosines
@@ -321,7 +322,8 @@ def pfr_loss(maps, head, clip_patches, image_patches, padding, product=None):
 
     maps [B,heads,P,T*P] (attention, softmaxed once), head: heads -> 1 by 1x1 convolutions, clip_patches [B,T*P,W],
     image_patches [B,P,W], padding [B,T*P], product [B] (-1: left out) -> mean squared error. Both features are
-    detached, or to make all of them alike would be cheapest; `head` learns and, through the maps, where to look.
+    detached, or to make all of them alike would be cheapest; `head` learns and, through the maps, the PMD and the
+    encoder where to look.
     """
     weight = pfr_weights(maps, head, padding)                                                    # [B,P,T*P]
     with torch.autocast(maps.device.type, enabled=False):
@@ -338,7 +340,8 @@ class RICE(nn.Module):
 
     `loss` is what training asks for; evaluation asks encode_images and encode_clips for embeddings, whose product is
     the ranking, and `pmd` for scores. A fourth loss is one more term of `loss`, its layers made in
-    __init__, its mean taken by mean_of_pairs, and named in eval.CHOICES; logs and curves show it.
+    __init__ where it is asked for (DDP wants each of them used), its mean taken by mean_of_pairs, and named in the
+    combinations of eval.CHOICES; logs and curves show it.
     vit: arguments of ViT. vocab: size of the tokenizer. negatives: "hard" or "rand". losses: which of icl, pmd, pfr.
     masked: whether patches of a clip may be hidden (the `mask` view); attention without a mask is faster.
     """
@@ -407,6 +410,7 @@ class RICE(nn.Module):
         loss = sum(icl_loss(*half, self.scale(), batch["product"]) for half in halves) / 2
         terms = {"icl": loss.detach(), "scale": self.scale().detach()}
         if "pmd" in self.losses:
+            # Hard is what is alike with the texts: the first half of the embeddings.
             pairs, real = self._candidates(*halves[0], batch["product"], batch["seed"])          # [B,1+n], [B,n]
             score, maps = self.pmd(image_tokens, gather(clip_tokens), gather(padding.float()) > 0, pairs)
             pmd = pmd_loss(score, real, batch["product"])

@@ -370,6 +370,7 @@ def train(config, rank, world, device):
     wrong = torch.tensor(math.inf, device=device)                                # first step that was not finite
 
     def checkpoint(step):
+        # No random generator's state: all that is drawn is a function of (seed, step) or (seed, epoch, i).
         states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         return {"config": vars(config), "step": step} | states | kept
 
