@@ -408,9 +408,9 @@ def predict(model, config, categories, lives, device, every_frame=True, controls
 
 
 def answers_of(model, frames, padding, valid, controls):
-    """{method: (logits [B,T,N,K], boxes [B,T,N,4])} of a batch: "sd", "md", and two controls. "md1" is MD as trained, not
-    anew, with each frame as its own clip: what it gains by more layers and training. "vote" is SD whose clip votes on
-    the category, without training: what time gains without comparing products."""
+    """{method: (logits [B,T,N,K], boxes [B,T,N,4])} of a batch: "sd", "md", and two controls. "md1" is MD as trained,
+    not anew, with each frame as its own clip: what it gains by more layers and training. "vote" is SD whose clip votes
+    on the category, without training: what time gains without comparing products."""
     if not isinstance(model, detect.MD):
         logits, boxes = model(frames.flatten(0, 1), padding.flatten(0, 1))
         return {"sd": tuple(x[-1].unflatten(0, valid.shape) for x in (logits, boxes))}
