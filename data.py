@@ -697,8 +697,7 @@ class PairSet(Dataset):
     start[c]:start[c+1]; None shows whole frames. view: "frame" the whole frame, "mask" also which patches the box
     touches, "box" the square around the box. text: what is read, "asr", "title", "both" or "none". Training draws
     `frames` of the frames that have a box in `boxes` (a detector's: --frames even ones of a clip; of all where none
-    has), evaluation takes the surer ones at even intervals.
-    augment=False: nothing is drawn at random, and frames are taken at even intervals."""
+    has), evaluation takes the surer ones at even intervals. augment=False: nothing is drawn at random."""
 
     def __init__(self, lives, tokenizer, frames, size, grid, view, boxes, train, seed=0, text="both", augment=True):
         if boxes is None and view != "frame":
@@ -1100,7 +1099,8 @@ def _frame(rng, scene, sprites, product, others, companion, kind, size, look, si
 
 
 def _kinds(rng, frames, crowd, pair):
-    """How each frame of a clip is staged, and its visible duration; CLEAR holds for a clip that is no pair."""
+    """How each frame of a clip is staged, and its visible duration; a clip that is no pair shows its product held alone
+    in CLEAR frames at least."""
     absent = min(frames - 2, round(rng.choice(list(ABSENT), p=list(ABSENT.values())) * frames / 8))
     duration = "short" if 1 - absent / frames < 0.7 else "medium" if absent else "long"
     drawn = rng.choice(list(KINDS[crowd]), frames - absent - CLEAR[duration], p=list(KINDS[crowd].values()))
@@ -1192,7 +1192,8 @@ NUMBERS = {                # of a rendering: default, least, most, meaning
 
 def render(root, decoys="natural", processes=None, progress=True, **numbers):
     """Render livestreams into `root`, which appears when it is complete: a function of the numbers (see NUMBERS) alone.
-    Lives share no product. decoys: "natural", any other product of the live, or "same", those of its own category."""
+    Lives share no product. decoys: "natural", any other product of the live, or "same", only those of the intended
+    product's category (a stress test)."""
     options = {name: default for name, (default, *_) in NUMBERS.items()} | numbers
     for name, number in options.items():
         _, least, most, _ = NUMBERS[name]

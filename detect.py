@@ -406,7 +406,7 @@ class SD(nn.Module):
         h, w = (math.ceil(n / self.backbone[0].stride) for n in padding.shape[1:])                # S = h * w
         extent = picture_size(padding)                                                            # [B,2]
         y, x = ((torch.arange(n, device=memory.device) + 0.5) / n * size for n, size in zip((h, w), padding.shape[1:]))
-        place = torch.cartesian_prod(y, x).flip(-1) / extent[:, None]                             # [B,S,2] as boxes
+        place = torch.cartesian_prod(y, x).flip(-1) / extent[:, None]                             # [B,S,2] x, y in 0..1
         near = (place[:, :, None] - targets[:, None, :, :2]).abs() < 0.35 * targets[:, None, :, 2:]  # [B,S,M,2]
         inside = near.all(-1) & (labels >= 0)[:, None]                                            # [B,S,M]
         logits = self.dense_embed(memory).float().log_softmax(-1)                                 # [B,S,K]

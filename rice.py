@@ -30,7 +30,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)                                                      # [...], as x
 
 
-def attend(layer, x, padding=None):
+def self_attention(layer, x, padding=None):
     """Self-attention with the weights of an nn.MultiheadAttention, whose own forward turns batches about and copies
     them: x [B,N,W], padding [B,N] -> [B,N,W]."""
     parts = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, -1)                   # [B,N,W] three times
@@ -50,7 +50,7 @@ class Block(nn.Module):
                                              c_proj=nn.Linear(4 * width, width)))
 
     def forward(self, x, padding=None):
-        x = x + attend(self.attn, self.ln_1(x), padding)                                         # [B,N,W]
+        x = x + self_attention(self.attn, self.ln_1(x), padding)                                 # [B,N,W]
         return x + self.mlp(self.ln_2(x))                                                        # [B,N,W]
 
 
@@ -259,7 +259,7 @@ class MatchLayer(nn.Module):
 
     def think(self, x):
         """Self-attention over an image's tokens: [.,Q,W] -> [.,Q,W]; needs no clip."""
-        return x + attend(self.self_attn, self.ln_1(x))
+        return x + self_attention(self.self_attn, self.ln_1(x))
 
     def look(self, x, key, value, padding):
         """Cross-attention to one clip each: x [.,Q,W], key, value [.,R,W], padding [.,R] -> x, maps [.,heads,Q,R]."""

@@ -665,8 +665,10 @@ def main():
     flags = parser.parse_args()
     if flags.work:
         return work(*json.loads(flags.work))
-    sys.path.insert(0, flags.before if flags.profile and flags.before else str(HERE))
     import torch
+    if flags.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: no CUDA device here")
+    sys.path.insert(0, flags.before if flags.profile and flags.before else str(HERE))
     import torchvision
     names = flags.rows.split(",") if flags.rows else [name for name in ROWS if (name in GPU_ROWS) == flags.gpu]
     setting = {"threads": THREADS, "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,

@@ -372,6 +372,13 @@ def test_rice_is_not_judged_on_what_it_was_not_trained_on(run_one, livestreams, 
         evaluation.box_sources(checkpoint, data.Lives(root, "test"), tmp_path, torch.device("cpu"), True)
 
 
+def test_processes_that_find_different_checkpoints_end_in_one_line(livestreams, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "everyones", lambda step: [step, 3])
+    config = train.configure({"data": str(livestreams), "out": str(tmp_path)} | flags_of(SMALL), "sd")
+    with pytest.raises(data.BadInput, match="sd.pt is not the same for all processes"):
+        train.train(config, 0, 1, torch.device("cpu"))
+
+
 def test_a_comparison_draws_each_clip_once(tmp_path):
     drawn = []
 
