@@ -65,7 +65,7 @@ import sentencepiece
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -465,11 +465,13 @@ def read_picture(path):
     """A JPEG or PNG as uint8 [3,H,W], turned as its EXIF says; BadInput when it is neither, torn, or over LARGEST."""
     wrong = "not a readable JPEG or PNG"
     with contextlib.suppress(Exception):                 # a decoder raises whatever the bytes lead it to
-        with Image.open(path, formats=("JPEG", "PNG")) as header:               # reads no pixels yet
-            width, height = header.size
-        if width * height <= LARGEST:
-            image = decode_image(read_file(str(path)), ImageReadMode.RGB, True)
-            return image if image.dtype == torch.uint8 else TF.to_dtype(image, torch.uint8, scale=True)   # 16-bit PNG
+        with open(path, "rb") as file:
+            width, height = Image.open(file, formats=("JPEG", "PNG")).size      # reads no pixels yet
+            if width * height <= LARGEST:
+                file.seek(0)
+                content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+                image = decode_image(content, ImageReadMode.RGB, True)
+                return image if image.dtype == torch.uint8 else TF.to_dtype(image, torch.uint8, scale=True)   # 16 bit
         wrong = f"{width} x {height} pixels, more than {LARGEST:,}"
     raise BadInput(f"{path}: {wrong}")
 
@@ -723,11 +725,11 @@ class PairSet(Dataset):
 
     def _empty(self, c):
         """An item without a frame and without text."""
-        black, said = torch.zeros(3, self.size, self.size, dtype=torch.uint8), self.tokenizer("")
-        item = {"frames": black.repeat(self.frames, 1, 1, 1),
+        shape, said = (3, self.size, self.size), self.tokenizer("")
+        item = {"frames": torch.zeros(self.frames, *shape, dtype=torch.uint8),
                 "keep": torch.ones(self.frames, self.grid ** 2, dtype=torch.bool),
                 "valid": torch.zeros(self.frames, dtype=torch.bool), "clip": c, "bad": "", "asr": said, "title": said}
-        return item | {"image": black, "product": -1} if self.train else item
+        return item | {"image": torch.zeros(shape, dtype=torch.uint8), "product": -1} if self.train else item
 
     def _item(self, epoch, i):
         c = int(self.clips[i])

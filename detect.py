@@ -92,6 +92,16 @@ def attend_by(layer, query, key, value, padding=None):
     return layer.out_proj(attend(query, key, value, layer.num_heads, padding))                       # [B,Q,C]
 
 
+def linear_of_position(layer, position):
+    """A linear layer of the memory's position [B,h,w,C] -> [B,S,C]. Half of it tells the row, half the column, and the
+    layer takes each row and each column once instead of all tokens: a twentieth of a training step. Differs where
+    padding is, right and below, which nobody attends to."""
+    rows, columns = position[:, :, 0].chunk(2, -1)[0], position[:, 0].chunk(2, -1)[1]            # [B,h,C/2], [B,w,C/2]
+    of_row, of_column = layer.weight.chunk(2, 1)                                                 # [C,C/2] twice
+    rows, columns = F.linear(rows, of_row, layer.bias), F.linear(columns, of_column)             # [B,h,C], [B,w,C]
+    return (rows[:, :, None] + columns[:, None]).flatten(1, 2)                                   # [B,S,C]
+
+
 def beside(content, position, heads):
     """Content and position of each head side by side: [B,N,C], [B,N,C] -> [B,N,2C], so their products add, unmixed."""
     return torch.cat([x.unflatten(-1, (heads, -1)) for x in (content, position)], -1).flatten(-2)
@@ -156,7 +166,7 @@ class DecoderLayer(nn.Module):
         k = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_position)                         # [B,N,C]
         x = self.norm1(x + self.self_attn["out_proj"](attend(q, k, self.sa_v_proj(x), self.heads)))  # [B,N,C]
         q, k = self.ca_qcontent_proj(x), self.ca_kcontent_proj(memory)                           # [B,N,C], [B,S,C]
-        k_position = self.ca_kpos_proj(position)                                                 # [B,S,C]
+        k_position = linear_of_position(self.ca_kpos_proj, position)                             # [B,S,C]
         if self.first:
             q, k = q + self.ca_qpos_proj(query_position), k + k_position                         # [B,N,C], [B,S,C]
         q = beside(q, self.ca_qpos_sine_proj(query_sine), self.heads)                            # [B,N,2C]
@@ -361,14 +371,14 @@ class SD(nn.Module):
         attend_near_the_anchor(self.transformer["decoder"], heads)
 
     def features(self, images, padding):
-        """-> contents [L,B,N,C], boxes [L,B,N,4], memory [B,S,C], position [B,S,C], padding [B,S]."""
+        """-> contents [L,B,N,C], boxes [L,B,N,4], memory [B,S,C], position [B,h,w,C], padding [B,S]; S = h * w."""
         # A picture that is not there is all padding; it is computed as if it had none: a softmax over no key is NaN.
         padding = padding & ~padding.all(2).all(1)[:, None, None]                                # [B,H,W]
         feature = self.backbone[0](images, padding)                                              # [B,channels,h,w]
         padding = F.interpolate(padding[:, None].float(), feature.shape[-2:])[:, 0].bool()       # [B,h,w]
-        position = sine_image(padding, self.input_proj.out_channels).flatten(1, 2)               # [B,S,C]
+        position = sine_image(padding, self.input_proj.out_channels)                             # [B,h,w,C]
         tokens, padding = self.input_proj(feature).flatten(2).transpose(1, 2), padding.flatten(1)   # [B,S,C], [B,S]
-        memory = self.transformer["encoder"](tokens, position, padding)                          # [B,S,C]
+        memory = self.transformer["encoder"](tokens, position.flatten(1, 2), padding)            # [B,S,C]
         anchors = self.refpoint_embed.weight.sigmoid().expand(len(images), -1, -1)               # [B,N,4]
         contents, references = self.transformer["decoder"](anchors, memory, position, padding)   # [L,B,N,C], [L,B,N,4]
         boxes = (self.bbox_embed(contents) + inverse_sigmoid(references)).sigmoid()              # [L,B,N,4]
@@ -478,8 +488,9 @@ def keep_best(logits, k, *tensors):
 class TTMStep(nn.Module):
     """One step of the TTM: all frames' queries attend to each other, then to their own frame's memory, then are scored.
 
-    queries [B,T,k,C], boxes [B,T,k,4] (SD's), memory, position [B*T,S,C], padding [B*T,S], absent [B,T]: frames that
-    are not there; positions_of: SD's frozen Decoder.positions -> queries [B,T,k,C], logits [B,T,k,K], boxes [B,T,k,4]
+    queries [B,T,k,C], boxes [B,T,k,4] (SD's), memory [B*T,S,C], position [B*T,h,w,C], padding [B*T,S], absent [B,T]:
+    frames that are not there; positions_of: SD's frozen Decoder.positions -> queries [B,T,k,C], logits [B,T,k,K], boxes
+    [B,T,k,4]
     """
 
     def __init__(self, classes, dim, heads, ffn):

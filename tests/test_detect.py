@@ -30,7 +30,7 @@ def test_forward_is_dab_detr(tiny):
         logits, boxes = sd(images, mask)
         contents, _, memory, position, padding = sd.features(images, mask)
     close(sd.backbone[0](images, mask), g["feature"], 1e-4)
-    close(position.transpose(1, 2).reshape(g["pos_embed"].shape), g["pos_embed"])
+    close(position.permute(0, 3, 1, 2), g["pos_embed"])
     assert torch.equal(padding, g["feature_mask"].flatten(1))
     close(memory, g["memory"])
     with torch.no_grad():
