@@ -62,6 +62,13 @@ def test_loss_and_gradients_are_dab_detr(tiny):
     close(sd.transformer["decoder"].ref_anchor_head.layers[-1].weight.grad, g["grad_ref_anchor_head_last"], 1e-4, 1e-3)
 
 
+def test_a_layer_of_the_position_is_that_of_every_token():
+    padding = torch.zeros(2, 5, 7, dtype=torch.bool)
+    padding[1, 3:], padding[1, :, 4:] = True, True
+    position, layer = detect.sine_image(padding, 16), torch.nn.Linear(16, 16)
+    close(detect.linear_of_position(layer, position)[~padding.flatten(1)], layer(position)[~padding], 1e-6)
+
+
 def test_parts_are_dab_detr():
     g = golden("dab_detr_parts.pt")
     close(detect.sine_image(g["pos_mask"], 256).permute(0, 3, 1, 2), g["pos_embed_256_T20"])
