@@ -1,185 +1,200 @@
-"""eval.py: its metrics against pycocotools and the public rank-k (golden numbers), cases by hand, rows over several seeds."""
+"""eval.py: AP and rank-k against pycocotools and the public code, tables, what cannot be read."""
+import shutil
+
 import numpy as np
 import pytest
-import torch
-from conftest import golden
-from torchvision.ops import box_iou
 
 import eval as evaluation
-from data import BadInput
-from eval import average_precision, chance, rank_k
+import intervals
+from conftest import golden
+from eval import average_precision, rank_k
 
 
-def xyxy(xywh):
-    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1).astype(np.float64)
+def boxes(image, category, box, **score):
+    return {"image": np.array(image, int), "category": np.array(category, int),
+            "box_xyxy": np.array(box, float).reshape(-1, 4), **score}
+
+
+def coco(categories, variant):
+    """True boxes and detections of the golden file, one detection an image or all of them."""
+    g, sides = golden("coco_ap.npz"), []
+    some = g["one_det_index"] if variant == "one" else np.arange(len(g["det_image"]))
+    for name, rows in (("gt", slice(None)), ("det", some)):
+        left, right = np.split(np.float64(g[f"{name}_box_xywh"][rows]), 2, 1)
+        sides.append(boxes(g[f"{name}_image"][rows], g[f"{name}_category"][rows] * categories,
+                           np.c_[left, left + right]))
+    return sides[0], sides[1] | {"score": g["det_score"][some]}
 
 
 @pytest.mark.parametrize("variant", ["all", "one"])
 @pytest.mark.parametrize("categories", [True, False])
-def test_average_precision_is_pycocotools(variant, categories):
-    g = golden("coco_ap.npz")
-    chosen = np.arange(len(g["det_image"])) if variant == "all" else g["one_det_index"]
-    truth = {"image": g["gt_image"], "category": g["gt_category"] * categories, "box_xyxy": xyxy(g["gt_box_xywh"].astype(np.float64))}
-    found = {"image": g["det_image"][chosen], "category": g["det_category"][chosen] * categories,
-             "box_xyxy": xyxy(g["det_box_xywh"][chosen].astype(np.float64)), "score": g["det_score"][chosen]}
-    result = average_precision(truth, found)
-    expected = dict(zip((str(n) for n in g["stats_names"]), g[f"stats_{variant}_usecats{int(categories)}"]))
-    ours = {name: result[name] for name in ("AP", "AP50", "AP75", "APsmall", "APmedium", "APlarge", "AR1", "AR10", "AR100", "ARsmall", "ARmedium", "ARlarge")}
-    np.testing.assert_allclose(list(ours.values()), list(expected.values()), atol=1e-9, err_msg=str(expected.keys()))
+def test_average_precision_is_that_of_pycocotools(variant, categories):
+    g, result = golden("coco_ap.npz"), average_precision(*coco(categories, variant))
+    expected = g[f"stats_{variant}_usecats{int(categories)}"][:3]
+    np.testing.assert_allclose([result["AP"], result["AP50"], result["AP75"]], expected, atol=1e-9)
     if categories:
-        each = np.array([result["per_category"].get(c, -1) for c in range(34)])
+        each = [result["per_category"].get(c, -1) for c in range(34)]
         np.testing.assert_allclose(each, g[f"ap_per_category_{variant}"], atol=1e-9)
 
 
-def boxes(*rows):
-    return np.array(rows, float).reshape(-1, 4)
-
-
 def test_average_precision_by_hand():
-    truth = {"image": [0, 1], "category": [0, 0], "box_xyxy": boxes([0, 0, 10, 10], [0, 0, 10, 10])}
-    nothing = {"image": [], "category": [], "box_xyxy": boxes(), "score": []}
+    square, away = [0, 0, 10, 10], [50, 50, 60, 60]
+    truth, nothing = boxes([0, 1], [0, 0], [square] * 2), boxes([], [], [], score=[])
     assert average_precision(truth, nothing)["AP"] == 0
-    found = {"image": [0, 1], "category": [0, 0], "box_xyxy": boxes([0, 0, 10, 10], [50, 50, 60, 60]), "score": [0.3, 0.9]}
-    # The wrong box comes first: precision is 1/2 up to recall 1/2, that is at recalls 0.00 .. 0.50, 51 of 101 points.
+    # The wrong box comes first: precision is 1/2 at recalls 0.00 .. 0.50, 51 of 101 points.
+    found = boxes([0, 1], [0, 0], [square, away], score=[0.3, 0.9])
     assert average_precision(truth, found)["AP50"] == pytest.approx(0.5 * 51 / 101)
     # IoU 0.5 exactly counts; at equal scores the order of the images decides.
-    half = {"image": [0, 1], "category": [0, 0], "box_xyxy": boxes([0, 0, 10, 5], [50, 50, 60, 60]), "score": [0.5, 0.5]}
-    assert average_precision(truth, half)["AP50"] == pytest.approx(51 / 101)
-    assert average_precision(truth, half)["AP75"] == 0
+    found = boxes([0, 1], [0, 0], [[0, 0, 10, 5], away], score=[0.5, 0.5])
+    result = average_precision(truth, found)
+    assert result["AP50"] == pytest.approx(51 / 101) and result["AP75"] == 0
     # A category that has no true box does not count, not even against us.
-    other = {"image": [0, 1, 1], "category": [0, 0, 7], "box_xyxy": boxes(*[[0, 0, 10, 10]] * 3), "score": [1, 1, 2]}
-    assert average_precision(truth, other)["AP"] == pytest.approx(1)
+    found = boxes([0, 1, 1], [0, 0, 7], [square] * 3, score=[1, 1, 2])
+    assert average_precision(truth, found)["AP"] == pytest.approx(1)
     with pytest.raises(ValueError, match="no true box"):
-        average_precision(nothing, other)
+        average_precision(nothing, found)
 
 
 def test_rank_k_is_the_public_one():
     g = golden("rank_k.npz")
-    similarity = g["query_embedding"].astype(np.float64) @ g["gallery_embedding"].astype(np.float64).T
+    similarity = np.float64(g["query_embedding"]) @ np.float64(g["gallery_embedding"]).T
     positive = np.zeros(similarity.shape, bool)
-    for q in range(len(positive)):
-        positive[q, g["gt_index"][g["gt_ptr"][q]:g["gt_ptr"][q + 1]]] = True
-    gallery = g["query_live"][:, None] == g["gallery_live"][None]
-    ks = [int(k) for k in g["k"]]
-    assert [round(150 * v) for v in rank_k(similarity, positive, gallery, ks).values()] == [round(150 * v) for v in g["recall_per_live"]]
-    assert [round(150 * v) for v in rank_k(similarity, positive, None, ks).values()] == [round(150 * v) for v in g["recall_global"]]
+    for q, (start, end) in enumerate(zip(g["gt_ptr"], g["gt_ptr"][1:])):
+        positive[q, g["gt_index"][start:end]] = True
+    gallery, ks = g["query_live"][:, None] == g["gallery_live"], g["k"].tolist()
+    for part, wanted in ((gallery, g["recall_per_live"]), (None, g["recall_global"])):
+        shares = list(rank_k(similarity, positive, part, ks).values())
+        np.testing.assert_allclose(shares, wanted, rtol=0, atol=1e-9)          # 1/150 is a clip
 
 
 def test_rank_k_by_hand():
-    positive = np.array([[True, False, False]])
-    assert rank_k([[0.9, 0.9, 0.1]], positive)[1] == 0                                  # a tie counts against us
-    assert rank_k([[0.9, 0.8, 0.1]], positive) == {1: 1, 5: 1, 10: 1}                     # a gallery smaller than k
-    assert rank_k([[0.1, 0.5, 0.9]], [[True, False, True]])[1] == 1                       # any of several is enough
-    assert rank_k([[0.1, 0.5, 0.9]], positive, [[True, False, False]])[1] == 1            # outside the gallery: not compared
-    assert rank_k([[0.1, 0.5, 0.9]], positive, [[False, True, True]])[10] == 0            # its image is not in the gallery
-    assert rank_k([[np.nan] * 3, [0.9, 0.1, 0.2]], np.repeat(positive, 2, 0))[10] == 0.5  # no prediction is a miss, and counts
+    first = np.array([[True, False, False]])
+    assert rank_k([[0.9, 0.9, 0.1]], first)[1] == 0                     # a tie counts against us
+    assert rank_k([[0.9, 0.8, 0.1]], first) == {1: 1, 5: 1, 10: 1}      # a small gallery
+    assert rank_k([[0.1, 0.5, 0.9]], [[True, False, True]])[1] == 1     # any of several
+    assert rank_k([[0.1, 0.5, 0.9]], first, first)[1] == 1              # others are not for sale
+    assert rank_k([[0.1, 0.5, 0.9]], first, ~first)[10] == 0            # nor is this one
+    assert rank_k([[0.1]], [[True]], [[False]])[10] == 0                # an empty gallery
+    assert rank_k([[np.nan] * 3, [9, 1, 2]], first.repeat(2, 0))[10] == 0.5        # a miss counts
 
 
-def test_chance_by_hand():
-    assert chance(10, 1, 1) == pytest.approx(0.1) and chance(10, 3, 5) == pytest.approx(1 - 21 / 252)
-    assert chance(10, 0, 5) == 0 and chance(4, 1, 5) == 1
-
-
-def some_frames(rng, clips, per_clip):
-    """One box a frame for `clips` clips, some frames without a true box and some with two: what score_detections makes."""
-    frame_clip = np.repeat(np.arange(clips), per_clip)
-    truth = {"image": [], "category": [], "box_xyxy": []}
-    for f in range(len(frame_clip)):
-        for _ in range(rng.integers(3)):
-            x, y = rng.uniform(0, 50, 2)
-            truth["image"].append(f)
-            truth["category"].append(0)
-            truth["box_xyxy"].append([x, y, x + rng.uniform(10, 40), y + rng.uniform(10, 40)])
-    truth = {key: np.array(value) for key, value in truth.items()}
-    found = {"image": np.arange(len(frame_clip)), "category": np.zeros(len(frame_clip), int), "score": rng.random(len(frame_clip))}
-    found["box_xyxy"] = np.stack([truth["box_xyxy"][truth["image"] == f][0] + rng.normal(0, 4, 4) if (truth["image"] == f).any()
-                                  else np.array([0, 0, 10, 10.]) for f in range(len(frame_clip))])
-    overlap = box_iou(torch.tensor(found["box_xyxy"]), torch.tensor(truth["box_xyxy"])).numpy()
-    hit = np.array([(overlap[f, truth["image"] == f] >= 0.5).any() for f in range(len(frame_clip))])
-    sample = {"clip": frame_clip, "score": found["score"], "hit": hit, "true": np.bincount(frame_clip[truth["image"]], minlength=clips)}
-    return truth, found, sample
+def test_a_part_of_table_1_is_its_average_precision():
+    truth, found = coco(True, "one")
+    parts = {"few": np.arange(200) < 60, "odd": np.arange(200) % 2 > 0,
+             "none": ~np.isin(np.arange(200), truth["image"])}
+    columns, whole = evaluation.table_1_row(truth, found, parts), average_precision(truth, found)
+    assert all(columns[n] == 100 * whole[n] for n in ("AP", "AP75")) and columns["none"] is None
+    for name in ("few", "odd"):
+        sides = ({k: side[k][parts[name][side["image"]]] for k in side} for side in (truth, found))
+        assert columns[name] == pytest.approx(100 * average_precision(*sides)["AP50"], abs=1e-9)
+        assert 5 < columns[name] != columns["AP50"]
 
 
 def test_weighted_ap50_is_average_precision_of_the_clips_drawn():
-    rng = np.random.default_rng(3)
-    truth, found, sample = some_frames(rng, 12, 5)
-    weights = np.stack([np.ones(12, int), rng.integers(0, 3, 12), np.eye(12, dtype=int)[4]])
-    for row, got in zip(weights, evaluation.ap50(sample, weights)):
-        drawn = np.repeat(np.arange(12), row)                       # the same data with each clip as often as it was drawn
-        parts = [(n, np.flatnonzero(sample["clip"] == c)) for n, c in enumerate(drawn)]
-        place = {(n, f): n * 5 + i for n, frames in parts for i, f in enumerate(frames)}
-        again = [(place[n, f], g) for n, frames in parts for f in frames for g in np.flatnonzero(truth["image"] == f)]
-        wanted = average_precision(
-            {"image": [i for i, _ in again], "category": [0] * len(again), "box_xyxy": truth["box_xyxy"][[g for _, g in again]]},
-            {"image": [place[n, f] for n, frames in parts for f in frames], "category": [0] * 5 * len(drawn),
-             "box_xyxy": found["box_xyxy"][[f for _, frames in parts for f in frames]],
-             "score": found["score"][[f for _, frames in parts for f in frames]]})["AP50"]
-        assert got == pytest.approx(100 * wanted, abs=1e-9)
+    truth, found = coco(False, "one")            # clips of 5 images
+    d, t = (found["image"][:, None] == truth["image"]).nonzero()
+    d = d[evaluation.box_iou_rows(found["box_xyxy"][d], truth["box_xyxy"][t]) >= 0.5]
+    sample = {"clip": found["image"] // 5, "score": found["score"],
+              "hit": np.isin(np.arange(len(found["image"])), d),
+              "boxes": np.bincount(truth["image"] // 5, minlength=40)}
+    weights = np.stack([np.ones(40, int), np.arange(40) * 7 % 3, np.arange(40) == 4])
+    for weight, value in zip(weights, intervals.ap50(sample, weights)):
+        drawn = []                               # each clip as often as it was drawn
+        for side in (truth, found):
+            rows = [np.flatnonzero(side["image"] // 5 == c) for c in np.arange(40).repeat(weight)]
+            image = [side["image"][r] % 5 + 5 * n for n, r in enumerate(rows)]
+            drawn.append({key: side[key][np.concatenate(rows)] for key in side})
+            drawn[-1]["image"] = np.concatenate(image)
+        assert value == pytest.approx(100 * average_precision(*drawn)["AP50"], abs=1e-9)
 
 
-def test_intervals_hold_the_difference_and_are_wider_over_lives():
-    rng = np.random.default_rng(0)
-    live = [f"live{n // 40}" for n in range(400)]
-    good_live = rng.random(10)[np.arange(400) // 40]                                      # lives differ, clips of one agree
-    def seeds(share):
-        return [{"live": live, "place": np.where(rng.random(400) < share * good_live, 0, 3)} for _ in range(3)]
-    one, other = seeds(1.0), seeds(0.6)
-    difference = 100 * np.mean([(s["place"] < 1).mean() for s in one]) - 100 * np.mean([(s["place"] < 1).mean() for s in other])
-    clips, lives = (evaluation.interval(one, other, evaluation.r1, by_live) for by_live in (False, True))
-    assert clips[0] < difference < clips[1] and lives[0] < difference < lives[1]
-    assert lives[1] - lives[0] > clips[1] - clips[0] and clips[0] > 0
-    same = evaluation.interval(one, one, lambda s, w: evaluation.r1(one[0], w), True)
-    assert same == [0, 0]                                                                # paired: the same model differs by nothing
+def test_an_interval_holds_the_difference_and_is_paired():
+    rng, live = np.random.default_rng(0), np.arange(400) // 40
+    good = rng.random(10)[live]                  # lives differ, clips of a live agree
+    one, other = ([{"rank": 3 * (rng.random(400) > s * good)} for _ in "123"] for s in (1, 0.6))
+    mean, low, high = intervals.interval(one, other, intervals.r1, live)
+    first, second = (np.mean([sample["rank"] < 1 for sample in side]) for side in (one, other))
+    assert 0 < low < mean < high and mean == pytest.approx(100 * (first - second))
+    assert intervals.interval(one, other, intervals.r1, np.arange(400))[2] < high
+    assert intervals.interval(one[:1], one[:1], intervals.r1, live) == (0, 0, 0)
 
 
-def test_the_vote_adds_what_the_other_frames_say():
-    logits = torch.randn(2, 3, 5, 4)
-    valid = torch.tensor([[True, True, True], [True, False, False]])
-    voted = evaluation.vote(logits, valid)
-    share = logits.sigmoid().amax(2)
-    share = (share / share.sum(-1, keepdim=True)).log()
-    wanted = logits[0, 1] + evaluation.VOTE * (share[0, 0] + share[0, 2]) / 2
-    torch.testing.assert_close(voted[0, 1], wanted)
-    torch.testing.assert_close(voted[1, 0], logits[1, 0])                                # a frame alone hears nothing
-    assert evaluation.vote(torch.full((1, 3, 2, 4), -300.0), valid[:1]).isfinite().all()        # no score that float32 can tell from 0
+def test_tables_line_up_and_seeds_make_one_row(capsys):
+    rows = [("SD", 46.64, None), ("MD, all", (47.06, 0.123), "x")]
+    plain, marked = (evaluation.table(("", "AP", "R1"), rows, markdown) for markdown in (0, 1))
+    assert plain == "                 AP  R1\nSD             46.6   -\nMD, all  47.1 ± 0.1   x"
+    assert marked.splitlines() == [
+        "|         |         AP | R1 |", "| ------- | ---------: | -: |",
+        "| SD      |       46.6 |  - |", "| MD, all | 47.1 ± 0.1 |  x |"]
+    results = []
+    for seed, r1, negatives in ((0, 25.0, "rand"), (1, 50.0, "rand"), (0, 80.0, "hard")):
+        methods = {"true": {}, "md": {"icl": {"R1": r1, "R5": 75.0, "R10": None}}}
+        results.append({"config": {"seed": seed, "out": f"runs/{seed}", "negatives": negatives},
+                        "counts": {"source": "md"}, "results": methods})
+    evaluation.show_seeds(results, markdown=True)
+    head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]]
+                       for line in capsys.readouterr().out.splitlines()[-4:])
+    assert lines == [["negatives=rand ICL", "2", "37.5 ± 17.7", "75.0 ± 0.0", "-"],
+                     ["negatives=hard ICL", "1", "80.0 ± 0.0", "75.0 ± 0.0", "-"]]
+    assert head == ["", "seeds", "R1", "R5", "R10"]
 
 
-@pytest.mark.parametrize("images", [3, 63, 64, 150, 333])
-def test_nearest_is_the_order_of_all_products(images):
-    generator = torch.Generator().manual_seed(images)
-    queries, shop = torch.randn(11, 7, generator=generator), torch.randn(images, 7, generator=generator)
-    products = queries @ shop.T
-    score, place = evaluation.nearest(queries, shop, 5, block=4, wide=64, group=8)
-    expected, _ = products.topk(min(5, images))
-    assert score.shape == place.shape == (11, min(5, images)) and torch.allclose(score, expected, atol=1e-6)
-    assert torch.allclose(products.gather(1, place), score, atol=1e-6) and all(len(set(row.tolist())) == len(row) for row in place)
+@pytest.fixture
+def holes(livestreams, run_one, tmp_path):
+    """A copy of the data, and a function that evaluates the checkpoint of a stage on it."""
+    root = shutil.copytree(livestreams, tmp_path / "holes")
+    return root, lambda stage: evaluation.evaluate(run_one / f"{stage}.pt", root, out=tmp_path)
 
 
-def a_run(stage, seed, r1, **changed):
-    """What `evaluate` returns, made by hand: two lives of two clips."""
-    config = {"stage": stage, "seed": seed, "out": f"runs/{seed}", "boxes": "md", "negatives": "hard", "text": "both"} | changed
-    place = np.array([0 if n < 4 * r1 / 100 else 7 for n in range(4)])
-    results = {"md": {"icl": {"R1": r1, "R5": 75.0, "R10": 100.0}}}
-    counts = {"source": "md", "cases": {"near-identical": {"clips": 2, "icl": r1 / 2}}}
-    return {"stage": stage, "config": config, "results": results, "counts": counts}, None, {
-        "live": ["a", "a", "b", "b"], "methods": {"icl": {"place": place}}}
+def test_a_frame_that_cannot_be_read_is_a_miss(holes):
+    root, evaluate = holes
+    whole, look = evaluate("md")
+    lives, away = look.lives, np.arange(0, 32, 5)
+    names = [f"{frame_id}.jpg" for c in range(8) for frame_id in lives.clip(c).frame_ids]
+    for n in away:
+        (root / "frames" / names[n]).rename(root / names[n])
+    spoilt, look = evaluate("md")
+    assert whole["counts"]["missing"] == 0 and spoilt["counts"]["missing"] == len(away)
+    rows, truth = np.array(look.found), evaluation.ground_truth(look.found, lives, look.categories)
+    rows["sd"][truth["image"], :4] = truth["box_xyxy"]              # as if all boxes were right
+    left = np.setdiff1d(np.arange(32), away)
+    assert (rows["sd"][left, 4] > 0).all() and (rows["sd"][away, 4] < 0).all()
+    found = boxes(left, 0 * left, rows["sd"][left, :4], score=rows["sd"][left, 4])
+    wanted = average_precision(truth | {"category": 0 * truth["category"]}, found)["AP50"]
+    results, _ = evaluation.table_1(rows, lives, look.categories)
+    assert results["sd"]["class-agnostic"]["AP50"] == pytest.approx(100 * wanted) and wanted > 0.5
+    for n in away:                               # boxes are not kept when the frames change
+        (root / names[n]).rename(root / "frames" / names[n])
+    assert evaluate("md")[0]["results"] == whole["results"]
 
 
-def test_several_seeds_make_one_row_and_rows_are_named_by_what_differs(capsys):
-    runs = [a_run("rice", 0, 25.0, negatives="rand"), a_run("rice", 1, 50.0, negatives="rand"),
-            a_run("rice", 0, 75.0), a_run("rice", 1, 100.0)]
-    value = evaluation.compare(runs)
-    said = capsys.readouterr().out
-    assert [row["name"] for row in value["rows"]] == ["negatives=rand, ICL", "negatives=hard, ICL"]
-    assert value["rows"][0]["mean"]["R1"] == 37.5 and value["rows"][0]["std"]["R1"] == pytest.approx(np.std([25, 50], ddof=1))
-    assert value["rows"][1]["seeds"] == [0, 1] and value["rows"][1]["mean"]["R1 near-identical"] == 43.75
-    (difference,) = value["differences"]
-    assert difference["mean"]["R1"] == 50 and difference["paper"][0] == pytest.approx(1.8)
-    assert "37.5 ±17.7" in said and "*87.5 ±17.7" in said and "the paper's" in said
-    evaluation.compare(runs, markdown=True)
-    said = capsys.readouterr().out
-    assert "| **87.5 ±17.7** |" in said and "| -----" in said
-    with pytest.raises(BadInput, match="same clips"):
-        evaluation.compare([runs[0], (*runs[1][:2], {"live": ["a"], "methods": runs[1][2]["methods"]})])
-    with pytest.raises(BadInput, match="different tables"):
-        evaluation.compare([runs[0], a_run("md", 0, 50.0)])
+def test_an_image_that_cannot_be_read_never_helps(holes):
+    root, evaluate = holes
+    whole, look = evaluate("rice")
+    (live, found), (_, other) = look.found.items()
+    first, blind = (look.lives.clip(c) for c in (found["clips"][0], other["clips"][1]))
+    (root / "images" / f"{first.image_ids[0]}.jpg").write_bytes(b"")
+    for frame_id in blind.frame_ids:
+        (root / "frames" / f"{frame_id}.jpg").unlink()
+    spoilt, look = evaluate("rice")
+    assert spoilt["counts"]["missing images"] == spoilt["counts"]["missing"] == 1
+    for source, scores in spoilt["results"].items():
+        for score, columns in scores.items():
+            assert columns["R10"] == 75 and whole["results"][source][score]["R10"] == 100
+            similarity = look.found[live]["similarity"][source][score]
+            rank = evaluation.rank_of_first_positive(similarity, look.found[live]["positive"])
+            assert rank[0] > 10 and (0 < rank[1:]).all() and (rank[1:] < 4).all()     # it is ahead
+
+
+def test_titles_are_not_used_in_a_gallery_that_is_not_fully_titled(holes):
+    (path,), found = (holes[0] / "annotations").glob("test_image_title*"), []
+    rows = path.read_text().splitlines(True)
+    for kept in (rows, rows[1:], []):
+        path.write_text("".join(kept))
+        result, look = holes[1]("rice")
+        found.append([live["similarity"]["true"]["icl"] for live in look.found.values()])
+        assert result["counts"]["untitled"] == (len(kept) == 7)
+    full, part, none = found
+    one = [rows[0].split("\t")[0] in live["ids"] for live in look.found.values()].index(True)
+    assert np.array_equal(part[one], none[one]) and not np.allclose(full[one], none[one])
+    assert np.array_equal(part[1 - one], full[1 - one])
