@@ -46,7 +46,8 @@ def samples_of(path, stage):
     if stage == "rice":
         rank = {}
         for ranked in look.found.values():
-            for score, values in ranked["rank"][look.source].items():
+            for score, similarity in ranked["similarity"][look.source].items():
+                values = evaluation.rank_of_first_positive(similarity, ranked["positive"])
                 rank.setdefault(score, np.full(len(lives), 10 ** 9))[ranked["clips"]] = values
         return {score: {"rank": values} for score, values in rank.items()}, live
     truth = evaluation.ground_truth(look.found, lives, look.categories)
