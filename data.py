@@ -64,6 +64,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # what DAB-DETR's w
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG", ".WEBP")
 Image.MAX_IMAGE_PIXELS = 100_000_000 // 2    # Pillow raises beyond twice as many
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 # ---- errors, files, progress
 
