@@ -146,7 +146,9 @@ def configure(given, stage):
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise BadInput(f"{flag_of(item.name)} {value}: expected {least} or more")
     with data.expecting(f"--short-side {config.short_side}: expected lowest,highest,step"):
-        _, _, _ = config.short_side
+        lowest, highest, step = config.short_side
+        if not range(lowest, highest + 1, step):
+            raise ValueError("none between lowest and highest")
     sizes = "--vit-width, --vit-heads, --vit-patch, --image-size" if stage == "rice" else "--dim"
     with data.expecting(f"{sizes}: do not fit together"), torch.device("meta"):   # no memory
         evaluation.build_model(config, 1, 600)

@@ -236,7 +236,8 @@ RUN = [
         ("--workers", "-1"), ("--precision", "fp16"), ("--losses", "pmd"), ("--vit-heads", "3"),
         ("--vocab", "100"))),
     *((f"{flag} {value}", f"{SD} {flag} {value}", nothing, flag) for flag, value in (
-        ("--backbone", "vgg16"), ("--short-side", "480"))),
+        ("--backbone", "vgg16"), ("--short-side", "480"),
+        ("--short-side", "80,48,16"))),
     ("a render of no size", "data render @/new --size 0", nothing, "--size 0"),
     # comparing, a live, converters
     ("SD for near-duplicates", f"{TABLE1} --duplicates 0.9", nothing, "--stage rice"),
