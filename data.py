@@ -32,7 +32,7 @@ import functools
 import hashlib
 import io
 import json
-import multiprocessing
+import multiprocessing.queues
 import os
 import re
 import shutil
@@ -780,12 +780,14 @@ def make_loader(dataset, batches, workers, device, collate=None):
     fork = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                       pin_memory=device.type == "cuda", multiprocessing_context=fork,
-                      worker_init_fn=leave_ctrl_c)
+                      worker_init_fn=start_loader_process)
 
 
-def leave_ctrl_c(_):
-    """A loader process leaves Ctrl-C to the process that it loads for."""
+def start_loader_process(_):
+    """A loader process leaves Ctrl-C to the process that it loads for. It ends when a batch cannot
+    be sent there (/dev/shm is full), or that process would wait for the batch for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
 # ---- rendered livestreams

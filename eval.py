@@ -299,8 +299,9 @@ def predict_boxes(checkpoint, lives, folder, device, every_frame=True, model=Non
            hashlib.sha256(lives.lengths.tobytes()).digest(), config.short_side, config.long_side)
     key = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     if not os.access(folder, os.W_OK):
-        folder = all_gather_object(tempfile.mkdtemp())[0]
-        print(f"{folder}: predicted boxes are written here, for the run folder is read-only")
+        folder = all_gather_object(tempfile.mkdtemp() if is_main_process() else None)[0]
+        if is_main_process():
+            print(f"{folder}: predicted boxes are written here, the run folder is read-only")
     path = Path(folder) / f"boxes-{lives.split}-{key}.npy"
     if not all_gather_object(path.exists())[0]:
         model, parts = model or load_model(checkpoint, device), path.with_suffix("")

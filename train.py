@@ -430,11 +430,12 @@ def init_or_resume(model, config, saved, extras, path, device):
         changed = config_diff(config, saved["config"])
         changed += [name for name in ("categories", "base") if saved.get(name) != extras.get(name)]
         if changed:
+            hint = "" if config.stage == "md" else f", with --init {path} to go on from its weights"
             raise BadInput(f"{path} was made otherwise ({'; '.join(changed)}); give --out for a "
-                           f"new run, with --init {path} to start from these weights")
+                           f"new run{hint}")
         model.load_state_dict(saved["model"])
         line = f"{path}: goes on from step {saved['step']} of {config.steps}"
-    elif config.init not in ("", "none") and config.stage != "md":
+    elif config.init not in ("", "none"):
         line = load_public_weights(model, config.init)
     optimizer, start = make_optimizer(model.to(device), config), saved["step"] if saved else 0
     if saved:
@@ -500,6 +501,9 @@ def check_before(configs, world):
             raise BadInput(f"--stage {config.stage}: give --init FILE, the public weights that "
                            "this size starts from (see README), or --init none")
     first = configs[0]
+    if first.init not in ("", "none") and (first.stage == "md" or len(configs) > 1):
+        raise BadInput(f"--init {first.init}: expected --stage sd or rice beside it; "
+                       "MD starts from the SD of --detector-dir")
     needs = {"sd": "none", "md": "sd", "rice": first.box_source}[first.stage]
     if needs in ("sd", "md"):
         load_finished(first, needs)

@@ -222,6 +222,7 @@ RUN = [
     ("weights that are not there", f"{SD} --init @/none.pth", nothing, "none.pth: "),
     ("CLIP as it comes", f"{TRUE} --init @/init.pt", lambda at: torch.jit.script(
         torch.nn.Linear(2, 2)).save(str(at / "init.pt")), "init.pt: no state dict of tensors"),
+    ("weights for MD", f"{SD} --stage md --init @/init.pt", nothing, "--init "),
     ("weights of something else", f"{SD} --init @/init.pt",
      save("init.pt", torch.nn.Linear(2, 2).state_dict), "init.pt: missing, left over or of"),
     ("the paper's size from nothing", "train --stage sd --preset paper --data @/data", nothing,

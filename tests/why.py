@@ -32,7 +32,7 @@ def frames(paths):
             found = {"image": np.arange(len(rows)), "category": np.zeros(len(rows), int),
                      "box_xyxy": rows[method][:, :4], "score": rows[method][:, 4]}
             row = evaluation.table_1_row(truth, found, parts)
-            for name in parts:
+            for name in (name for name in parts if row[name] is not None):
                 values.setdefault(name, {}).setdefault(method, []).append(row[name])
     lines = []
     for name, row in values.items():
