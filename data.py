@@ -787,6 +787,8 @@ def start_loader_process(_):
     """A loader process leaves Ctrl-C to the process that it loads for. It ends when a batch cannot
     be sent there (/dev/shm is full), or that process would wait for the batch for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Its errors go to that process. What is printed here is only that the process has gone.
+    sys.excepthook = lambda *_: None
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
 
 
