@@ -3,6 +3,7 @@
     python data.py render runs/livestreams      the quickstart's data
     python data.py check DIR                    what is in a folder, and what is wrong with it
     python data.py link DOWNLOAD DIR            img2dataset's output -> frames/ and images/
+    python data.py lpr750k SOURCE DIR           the public RICE code's data -> this layout
     python data.py movingfashion SOURCE DIR     MovingFashion -> this layout (needs ffmpeg)
 
 DIR/annotations holds (SPLIT: test or val)
@@ -1180,23 +1181,62 @@ def _check_frame(lives, frame_id, boxes, categories, decode):
 
 
 def link_file(source, target):
-    """A hard link, or a copy on another device -> False when the target was there."""
+    """A hard link, or on another device a symbolic one -> False when the target was there."""
     if target.exists():
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except OSError:
-        with atomic_write(target) as temporary:
-            shutil.copyfile(source, temporary)
+        target.symlink_to(os.path.abspath(source))
     return True
+
+
+class Tally(Counter):
+    """How often each thing happened, and where first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = {}
+
+    def add(self, what, where):
+        self[what] += 1
+        self.first.setdefault(what, where)
+
+    def show(self):
+        for what, count in self.items():
+            print(f"{what}: {count}, first {self.first[what]}")
+        if not self:
+            print("nothing found")
+
+
+def link_picture(path, target, done):
+    """Link a picture as `target` and its own ending -> the link, None without a picture."""
+    if path.suffix not in ENDINGS:
+        done.add(f"of another format ({path.suffix})", path)
+    elif not path.is_file():
+        done.add("missing", path)
+    else:
+        target = Path(f"{target}{path.suffix}")
+        done.add("linked" if link_file(path, target) else "there before", path)
+        return target
+
+
+def path_of(source, name, folder=""):
+    """source/name, else source/folder/name; BadInput when it leads out of `source` (resolved)."""
+    path = source / name
+    if not path.is_file():
+        path = source / folder / name
+    if not path.resolve().is_relative_to(source):
+        raise BadInput(f"{path} leads out of the folder")
+    return path
 
 
 def link(download, root):
     """img2dataset's output (pictures, each with a JSON file of its url) -> root/frames and
     root/images. The id is the last part of the url; that of a frame ends in -start-end-index.
     -> {what happened: count}"""
-    done = Counter()
+    done = Tally()
     for side in progress_bar(Path(download).rglob("*.json"), f"link {download}", unit="file"):
         if side.name.endswith("_stats.json"):
             continue
@@ -1206,20 +1246,122 @@ def link(download, root):
                 name = Path(str(about["url"]).split("?")[0]).stem
             path_inside(root, name)
         except BadInput:
-            done["without an id"] += 1
+            done.add("without an id", side)
             continue
         others = [path for path in side.parent.glob(f"{side.stem}.*") if path != side]
-        pictures = [path for path in others if path.suffix in ENDINGS]
-        if not pictures:
-            done[f"of another format ({others[0].suffix})" if others else "failed to download"] += 1
+        if not others:
+            done.add("failed to download", side)
             continue
+        picture = next((path for path in others if path.suffix in ENDINGS), others[0])
         kind = "frames" if re.fullmatch(r".*-\d+-\d+-\d+", name) else "images"
-        target = Path(root) / kind / name[:2] / (name + pictures[0].suffix)
-        done["linked" if link_file(pictures[0], target) else "there before"] += 1
-        if kind == "frames" and about.get("original_width") != about.get("width"):
+        target = link_picture(picture, f"{root}/{kind}/{name[:2]}/{name}", done)
+        if target and kind == "frames" and about.get("original_width") != about.get("width"):
             link_file(side, target.with_suffix(".json"))
-    print(", ".join(f"{name}: {count}" for name, count in done.items()) or "no JSON files there")
+    done.show()
     return done
+
+
+def lpr750k(source, root):
+    """LPR750K as the public RICE code has it -> the layout in `root`, by links.
+
+    SOURCE/annotations holds training_videoinfo_*.txt with rows of video_id, frame paths, (boxes,)
+    image_id, image path, title, category id and name, product id, ASR; query_*.json {video_id:
+    {"frames": [path, ...], "gt": [image, ...]}}; gallery_*.txt with a path LIVE/IMAGE a row; and
+    the test_ files of the layout, which are taken as they are. -> {what happened: count}
+    """
+    source, root, done = Path(source).resolve(), Path(root), Tally()
+    annotations, target = source / "annotations", root / "annotations"
+    target.mkdir(parents=True, exist_ok=True)
+    training = sorted(annotations.glob("training_videoinfo_*.txt"))
+    queries, galleries = sorted(annotations.glob("query_*")), sorted(annotations.glob("gallery_*"))
+    if not training or not queries or not galleries:
+        raise BadInput(f"{annotations}: expected training_videoinfo_*.txt, query_*.json and "
+                       "gallery_*.txt")
+    for path in training:
+        _training_file_of_750k(source, root, path, done)
+    positives = _queries_of_750k(source, root, queries[0], done)
+    gallery = _galleries_of_750k(source, root, galleries[0], done)
+    for name, value in (("videoid_to_gtimage", positives), ("liveid_to_gallery", gallery)):
+        if not any(annotations.glob(f"test_{name}_*")):
+            write_text(target / f"test_{name}_0.json", json.dumps(value))
+    for path in annotations.glob("test_*"):
+        link_file(path, target / path.name)
+    done.show()
+    return done
+
+
+def _training_file_of_750k(source, root, path, done):
+    number, malformed = 0, []
+    target = root / "annotations" / path.name
+    with open(path, "rb") as lines, atomic_write(target) as part, open(part, "wb") as file:
+        for number, line in enumerate(progress_bar(lines, path.name, unit="row"), 1):
+            try:
+                file.write(_row_of_750k(source, root, line, done).encode())
+            except BadInput as error:
+                malformed.append(f"{path}:{number}: {error}")
+                done.add("training rows left out", malformed[-1])
+        if len(malformed) > 0.01 * number:
+            raise BadInput(f"{malformed[0]}; {len(malformed)} of {number} rows would be left out")
+
+
+def _row_of_750k(source, root, line, done):
+    """A training row in the layout's columns; its pictures are linked."""
+    line = line.decode("utf-8-sig", "replace")
+    columns = [column.strip() for column in line.strip("\r\n").split("\t")]
+    if len(columns) == 9:
+        columns.insert(2, "[]")                    # no column of boxes
+    if len(columns) != 10:
+        raise BadInput(f"expected 9 or 10 columns by tab, found {len(columns)}")
+    video_id, paths, boxes, image_id, image, title, category, name, _, asr = columns
+    frame_ids = _link_frames(source, root, video_id, parse_list(paths, "frame paths"), done)
+    picture = path_of(source, image, "training_image")
+    link_picture(picture, path_inside(root / "images" / image_id[:2], image_id), done)
+    row = [video_id, json.dumps(frame_ids), boxes, image_id, title, category, name, asr, "", "", ""]
+    return "\t".join(row) + "\n"
+
+
+def _link_frames(source, root, video_id, paths, done):
+    """Link the frames of a clip -> their ids: the name, or the clip's id and the number in it."""
+    folder, frame_ids = path_inside(root / "frames", video_id), []
+    for path in paths:
+        with expecting(f"{path}: expected a path whose name ends in the frame's number"):
+            frame_id = Path(path).stem
+            if not frame_id.startswith(f"{video_id}-"):
+                frame_id = f"{video_id}-{re.search('[0-9]+$', frame_id)[0]}"
+        link_picture(path_of(source, path, "query"), path_inside(folder, frame_id), done)
+        frame_ids.append(frame_id)
+    return frame_ids
+
+
+def _queries_of_750k(source, root, file, done):
+    """Link the frames of the test clips -> {video_id: [image_id, ...]}, their true images."""
+    positives = {}
+    with expecting(f'{file}: expected {{video_id: {{"frames": [...], "gt": [...]}}}}'):
+        for video_id, entry in progress_bar(json.loads(read_text(file)).items(), file.name):
+            others = path_of(source / "query", video_id).glob("*")      # not only those listed
+            paths = {*entry["frames"], *(f"query/{video_id}/{path.name}" for path in others)}
+            _link_frames(source, root, video_id, sorted(paths), done)
+            positives[video_id] = [_image_id_of_750k(name) for name in entry["gt"]]
+    return positives
+
+
+def _galleries_of_750k(source, root, file, done):
+    """Link the shop images of the test lives -> {live_id: [image_id, ...]}."""
+    galleries = defaultdict(list)
+    for path in progress_bar(read_text(file).splitlines(), file.name):
+        live, image_id = Path(path.strip()).parent.name, _image_id_of_750k(path.strip())
+        if image_id:
+            picture = path_of(source, path.strip(), "gallery")
+            link_picture(picture, path_inside(root / "images" / image_id[:2], image_id), done)
+            galleries[live].append(image_id)
+    return galleries
+
+
+def _image_id_of_750k(name):
+    """The first five parts of a file's name; an id stays as it is."""
+    path = Path(name)
+    name = path.stem if path.suffix in ENDINGS else path.name
+    return "-".join(name.split("-")[:5])
 
 
 def need_ffmpeg(path):
@@ -1267,11 +1409,8 @@ def movingfashion(source, root):
         with expecting(f"{file}: expected {{key: {{img_path, video_paths}}}}"):
             for key, entry in json.loads(read_text(file)).items():
                 names = [entry["img_path"], *entry["video_paths"]]
-                entries[key] = [source / name for name in names]
+                entries[key] = [path_of(source, name) for name in names]
         for key, (image, *videos) in progress_bar(entries.items(), f"cut {split}", unit="product"):
-            for path in (image, *videos):
-                if not path.resolve().is_relative_to(source):
-                    raise BadInput(f"{file}: {path} leads out of the folder")
             image_id = f"{split}-{key}"
             link_file(image, Path(path_inside(root / "images", image_id) + image.suffix.lower()))
             gallery += [image_id] if split == "test" else []
@@ -1334,6 +1473,8 @@ def main(argv=None):
     option("--processes", type=int, metavar="N", help="processes [all cores]")
     add(link, "put what img2dataset downloaded into frames/ and images/",
         download="img2dataset's output folder", root=folder)
+    add(lpr750k, "convert LPR750K, the download of the public RICE code, by links",
+        source="folder with annotations/, training_image/, query/, gallery/", root=folder)
     add(movingfashion, "convert MovingFashion (needs the program ffmpeg)",
         source="folder with train.json, test.json, videos/, imgs/", root=folder)
     args = vars(parser.parse_args(argv))

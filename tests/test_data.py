@@ -428,3 +428,48 @@ def test_img2dataset_output_becomes_the_layout(tmp_path):
     lives = data.LPRSplit(root, "test")
     assert lives.image("8471").shape == lives.image("10").shape == (3, 48, 64)
     assert lives.frame(frame)[1] == (128, 96) and not list((root / "images").rglob("*.json"))
+
+
+def test_lpr750k_becomes_the_layout(tmp_path, capsys):
+    source, root, live = tmp_path / "750k", tmp_path / "50%d", "7b-2c63-11ee"
+    clips, images = [f"{live}-{n}-{n + 9}" for n in (0, 10, 20)], [f"7-1-2-3-{n}" for n in range(3)]
+    paths = [f"training_video_00/{clips[0]}/{clips[0]}-{t}.jpg" for t in range(3)]
+    paths += [f"training_video_07/{clips[1]}/frame_{t:04}.webp" for t in range(3)]
+    paths += [f"query/{clips[2]}/{clips[2]}-{t}.png" for t in range(12)]
+    paths += [f"training_image/a/{images[0]}.JPG", f"gallery/{live}/{images[1]}-x-y.jpg",
+              f"gallery/{live}/{images[2]}-z.jpg"]
+    for path in paths:
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), "red").save(source / path)
+    (source / "annotations").mkdir()
+    more = [images[0], paths[18], "红色杯子", "4", "杯子", "9", "看这个"]
+    rows = [[clips[0], json.dumps(paths[:3]), str([[1, 2, 30, 40], [], []]), *more],
+            [clips[1], str([*paths[3:6], "training_video_07/gone-7.jpg"]), *more], ["x\tnot a row"]]
+    rows += rows[1:2] * 200
+    query = {clips[2]: {"frames": paths[6:16], "gt": [f"{live}/{images[1]}-x-y.jpg"]}}
+    true_boxes = {f"{clips[2]}-{t}": [[1, 1, 9, 9]] for t in range(12)}
+    texts = {"training_videoinfo_641821.txt": "\r\n".join(map("\t".join, rows)),
+             "query_tenframes.json": json.dumps(query), "test_videoid_asr_1.txt": f"{clips[2]}\thi",
+             "gallery_main.txt": f"{live}/{images[1]}-x-y.jpg\n{live}/{images[2]}-z.jpg\n",
+             "test_frameid2gtbox_1.json": json.dumps(true_boxes)}
+    for name, text in texts.items():
+        (source / "annotations" / name).write_text(text)
+    linked = {"linked": 21, "there before": 200 * 4 + 1, "missing": 203 - 2,
+              "training rows left out": 1}
+    assert data.lpr750k(source, root) == linked
+    said = capsys.readouterr().out
+    assert "641821.txt:3: expected 9 or 10 columns" in said and "first" in said
+    train_lives, test = data.LPRSplit(root, "train"), data.LPRSplit(root, "test")
+    clip, other = train_lives.clip(0), train_lives.clip(1)
+    assert clip.frame_ids == [f"{clips[0]}-{t}" for t in range(3)] and len(clip.boxes[0]) == 1
+    assert (clip.title, clip.asr, train_lives.categories) == ("红色杯子", "看这个", {4: "杯子"})
+    assert other.boxes is None and other.frame_ids[1] == f"{clips[1]}-0001"
+    for lives, frame in (train_lives, clip.frame_ids[2]), (train_lives, other.frame_ids[2]):
+        assert lives.frame(frame)[1] == (64, 48)
+    assert (root / f"frames/{clips[0]}/{clips[0]}-0.jpg").samefile(source / paths[0])
+    assert test.clip(0).image_ids == images[1:2] and test.galleries == {live: images[1:]}
+    assert test.frame(test.clip(0).frame_ids[11])[1] == (64, 48) and len(test.galleries[live]) == 2
+    rows[0][1] = str(["../../secret-1.jpg"])
+    (source / "annotations/training_videoinfo_641821.txt").write_text("\t".join(rows[0]))
+    with pytest.raises(data.BadInput, match="leads out of the folder; 1 of 1 rows"):
+        data.lpr750k(source, root)
