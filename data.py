@@ -651,21 +651,31 @@ def crop_square(image, box_xyxy, size, margin=1.15):
     return TF.resize(TF.crop(image, top, left, side, side), (size, size))
 
 
+def resize_and_crop(image, size, crop, rng=None):
+    """A picture resized to a square of side size / crop, of which size x size pixels stay, from
+    the middle or, with rng, from anywhere: uint8 [3,H,W] -> [3,size,size]."""
+    side = round(size / crop)
+    image, room = TF.resize(image, (side, side)), side - size
+    top, left = rng.integers(room + 1, size=2).tolist() if rng else (room // 2, room // 2)
+    return TF.crop(image, top, left, size, size)
+
+
 class ClipDataset(Dataset):
     """Clips with their texts and, in training, their shop image, as RICE sees them.
 
     Item: frames uint8 [T,3,H,W], valid [T] (False: filled up), asr [J], title [J], clip; in
     training image uint8 [3,H,W] and product_id. boxes: a frame is seen as the square around its
     box; None, or no box in the clip: whole frames. text: "asr", "title", "both" or "none".
-    Training draws `frames` of the frames with a box, evaluation takes them at even intervals and
-    leaves out what it cannot read. augment=False: nothing is drawn at random.
+    crop: share of the side that is kept of whole frames and images. Training draws `frames` of
+    the frames with a box, evaluation takes them at even intervals and leaves out what it cannot
+    read. augment=False: nothing is drawn at random.
     """
 
     def __init__(self, lives, tokenizer, frames, size, boxes, train=False, seed=0, text="both",
-                 augment=True):
+                 augment=True, crop=1.0):
         self.lives, self.tokenizer, self.frames, self.size = lives, tokenizer, frames, size
         self.boxes, self.train, self.seed, self.text = boxes, train, seed, text
-        self.augment, self.clips = train and augment, np.arange(len(lives))
+        self.augment, self.crop, self.clips = train and augment, crop, np.arange(len(lives))
         if train:
             self.clips = np.flatnonzero((lives.product >= 0) & (lives.lengths > 0))
         if not len(self.clips):
@@ -696,20 +706,24 @@ class ClipDataset(Dataset):
         for name in ("asr", "title"):
             item[name] = self.tokenizer(getattr(clip, name) if self.text in (name, "both") else "")
         if self.train:
-            image = TF.resize(self.lives.image(clip.image_ids[0]), (self.size, self.size))
-            item |= {"image": self.jitter(image, rng), "product_id": int(self.lives.product[c])}
+            image = self.whole(self.lives.image(clip.image_ids[0]), rng)
+            item |= {"image": image, "product_id": int(self.lives.product[c])}
         return item
 
     def view(self, frame_id, box, rng):
         """A frame through its box, or whole -> uint8 [3,size,size]."""
         image, size = self.lives.frame(frame_id)
         if box is None:
-            return self.jitter(TF.resize(image, (self.size, self.size)), rng)
+            return self.whole(image, rng)
         edges = np.tile(image.shape[:0:-1], 2)                   # w, h, w, h of the picture
         box = (box * (edges / np.tile(size, 2))).clip(0, edges)
         if self.augment:
             box = box + np.tile(rng.uniform(-0.06, 0.06, 2) * (box[2:] - box[:2]), 2)
         return self.jitter(crop_square(image, box, self.size), rng)
+
+    def whole(self, image, rng):
+        image = resize_and_crop(image, self.size, self.crop, rng if self.augment else None)
+        return self.jitter(image, rng)
 
     def jitter(self, image, rng):
         """In training: half of the pictures are mirrored, all are in a slightly other light."""
@@ -722,11 +736,11 @@ class ClipDataset(Dataset):
 
 class GalleryDataset(Dataset):
     """Shop images `ids`. Item: image uint8 [3,size,size], title [J], valid (False: it cannot be
-    read). read: id -> uint8 [3,H,W] or BadInput. titles: {id: text}."""
+    read). read: id -> uint8 [3,H,W] or BadInput. titles: {id: text}. crop: see ClipDataset."""
 
-    def __init__(self, read, titles, tokenizer, size, ids):
+    def __init__(self, read, titles, tokenizer, size, ids, crop=1.0):
         self.read, self.titles, self.tokenizer = read, titles, tokenizer
-        self.size, self.ids = size, ids
+        self.size, self.ids, self.crop = size, ids, crop
 
     def __len__(self):
         return len(self.ids)
@@ -735,7 +749,7 @@ class GalleryDataset(Dataset):
         image_id, item = self.ids[key[1]], {"valid": True}
         item["title"] = self.tokenizer(self.titles.get(image_id, ""))
         try:
-            return item | {"image": TF.resize(self.read(image_id), (self.size, self.size))}
+            return item | {"image": resize_and_crop(self.read(image_id), self.size, self.crop)}
         except BadInput:
             image = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
             return item | {"image": image, "valid": False}

@@ -477,7 +477,8 @@ class Embedder:
             image, image_tokens, _ = self.model.encode_images(pixels, batch["title"])
             return image, image_tokens if tokens else image, batch["valid"]
         titles = titles if self.config.text in ("title", "both") else {}
-        dataset = data.GalleryDataset(read, titles, self.tokenizer, self.config.image_size, ids)
+        dataset = data.GalleryDataset(read, titles, self.tokenizer, self.config.image_size, ids,
+                                      self.config.crop)
         return self.embed(dataset, range(len(ids)), encode)
 
     def embed_clips(self, lives, clips, boxes):
@@ -488,7 +489,8 @@ class Embedder:
             clip, tokens, _, mask = self.model.encode_clips(pixels, batch["valid"], batch["asr"])
             return clip, tokens, mask, batch["valid"].any(1)
         dataset = data.ClipDataset(lives, self.tokenizer, self.config.frames,
-                                   self.config.image_size, boxes, text=self.config.text)
+                                   self.config.image_size, boxes, text=self.config.text,
+                                   crop=self.config.crop)
         return self.embed(dataset, clips, encode)
 
     @torch.no_grad()

@@ -67,6 +67,7 @@ class Config:
     lr: float = config_field(1e-4, "peak learning rate")
     backbone_lr: float = config_field(1e-5, "peak learning rate of SD's backbone, RICE's ViT")
     weight_decay: float = config_field(1e-4, "weight decay of AdamW")
+    adam_eps: float = config_field(1e-8, "epsilon of AdamW")
     clip_norm: float = config_field(0.1, "gradients are clipped to this norm")
     warmup: int = config_field(0, "steps over which the learning rate rises")
     schedule: str = config_field("drop", "after --decay-start: x0.1, or a cosine to 0",
@@ -95,6 +96,8 @@ class Config:
     vit_heads: int = config_field(12, "attention heads of the image encoder")
     vit_patch: int = config_field(32, "pixels of a patch; 0: a convolutional stem")
     image_size: int = config_field(224, "side of RICE's pictures, pixels")
+    crop: float = config_field(0.875, "share of the side of whole pictures that is seen, at random "
+                               "in training")
     embedding: int = config_field(512, "channels of the ICL embedding")
     text: str = config_field("both", "texts that are read", ("both", "asr", "title", "none"))
     text_length: int = config_field(77, "tokens of a text")
@@ -111,7 +114,8 @@ PRESETS = {
     "paper": {      # the supplement is the defaults; RICE's recipe is the public code's
         "all": {}, "sd": {}, "md": {"lr": 2e-4, "backbone_lr": 2e-5},
         "rice": {"steps": 5000, "batch": 96, "lr": 1e-4, "backbone_lr": 1e-6, "weight_decay": 0.2,
-                 "clip_norm": 1e9, "warmup": 500, "schedule": "cosine", "decay_start": 0.0}},
+                 "adam_eps": 1e-6, "clip_norm": 1e9, "warmup": 500, "schedule": "cosine",
+                 "decay_start": 0.0, "precision": "bf16"}},
     "tiny": {
         "all": {"workers": 2, "save_every": 100, "log_every": 20, "frames": 8, "init": "none",
                 "short_side": [80, 80, 16], "long_side": 176, "schedule": "cosine",
@@ -123,7 +127,8 @@ PRESETS = {
         "rice": {"steps": 400, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30,
                  "decay_start": 0.1, "weight_decay": 0.05, "clip_norm": 5.0, "train_frames": 3,
                  "per_live": 24, "vit_width": 128, "vit_layers": 2, "vit_heads": 4, "vit_patch": 0,
-                 "image_size": 64, "embedding": 128, "text_length": 24, "vocab": 2000}}}
+                 "image_size": 64, "crop": 1.0, "embedding": 128, "text_length": 24,
+                 "vocab": 2000}}}
 OVERFIT = {"sd": {"steps": 200, "batch": 16}, "md": {"steps": 80, "batch": 8},
            "rice": {"steps": 60, "batch": 8}}
 SD_FIELDS = {"queries", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "backbone"}
@@ -145,6 +150,8 @@ def configure(given, stage):
         least = int(isinstance(value, int) and item.name not in MAY_BE_0)
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise BadInput(f"{flag_of(item.name)} {value}: expected {least} or more")
+    if not 0 < config.crop <= 1:
+        raise BadInput(f"--crop {config.crop}: expected a share above 0, at most 1")
     with data.expecting(f"--short-side {config.short_side}: expected lowest,highest,step"):
         lowest, highest, step = config.short_side
         if not range(lowest, highest + 1, step):
@@ -216,7 +223,7 @@ def build_rice(config, lives, saved, device):
         rows = evaluation.predict_boxes(detector, lives, config.detector_dir, device, False)
         boxes = evaluation.boxes_by_clip(rows, config.box_source, len(lives))
     dataset = data.ClipDataset(lives, tokenizer, config.train_frames, config.image_size, boxes,
-                               True, config.seed, config.text, augment=not config.overfit)
+                               True, config.seed, config.text, not config.overfit, config.crop)
     order = data.grouped_epoch_order(lives.live[dataset.clips], config.per_live)
     return model, extras, dataset, order, None
 
@@ -271,7 +278,8 @@ def make_optimizer(model, config):
             decay = 0.0 if no_decay else config.weight_decay
             groups.setdefault((lr, decay), []).append(parameter)
     return torch.optim.AdamW([{"params": parameters, "peak": lr, "weight_decay": decay}
-                              for (lr, decay), parameters in groups.items()], fused=True)
+                              for (lr, decay), parameters in groups.items()],
+                             eps=config.adam_eps, fused=True)
 
 
 def lr_factor(step, config):

@@ -473,3 +473,23 @@ def test_lpr750k_becomes_the_layout(tmp_path, capsys):
     (source / "annotations/training_videoinfo_641821.txt").write_text("\t".join(rows[0]))
     with pytest.raises(data.BadInput, match="leads out of the folder; 1 of 1 rows"):
         data.lpr750k(source, root)
+
+
+def test_whole_pictures_are_cut_to_a_share_of_their_side(livestreams):
+    image = torch.arange(3 * 64 * 80).view(3, 64, 80).to(torch.uint8)
+    plain, whole = TF.resize(image, (48, 48)), data.resize_and_crop(image, 48, 1.0)
+    assert torch.equal(whole, plain)
+    large = TF.resize(image, (64, 64))
+    assert torch.equal(data.resize_and_crop(image, 48, 0.75), large[:, 8:56, 8:56])
+    corners = set()
+    for seed in range(30):
+        part = data.resize_and_crop(image, 48, 0.75, np.random.default_rng(seed))
+        places = [(y, x) for y in range(17) for x in range(17)
+                  if torch.equal(part, large[:, y:y + 48, x:x + 48])]
+        corners.add(places[0])
+    assert len(corners) > 20
+    lives = data.LPRSplit(livestreams, "train")
+    draws = [data.ClipDataset(lives, NO_WORDS, 2, 32, None, True, crop=crop)[0, 2]
+             for crop in (1.0, 0.5)]
+    assert not torch.equal(draws[0]["image"], draws[1]["image"])
+    assert not torch.equal(draws[0]["frames"], draws[1]["frames"])

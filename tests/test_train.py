@@ -1,4 +1,5 @@
 """The pipeline in small: all stages, several processes, going on, weights, the README."""
+import dataclasses
 import json
 import math
 import os
@@ -412,18 +413,40 @@ def test_learning_rate_is_a_function_of_the_step():
     assert train.lr_factor(tiny.steps, tiny) == pytest.approx(0)
 
 
-def test_the_paper_preset_is_the_supplement():
-    detector = {"short_side": [480, 800, 32], "long_side": 1333, "batch": 64, "epochs": 20,
-                "weight_decay": 1e-4, "schedule": "drop", "decay_start": 0.75}
-    expected = {
-        "sd": detector | {"lr": 1e-4, "backbone_lr": 1e-5, "backbone": "resnet50", "queries": 300,
-                          "encoder_layers": 6, "decoder_layers": 6},
-        "md": detector | {"lr": 2e-4, "backbone_lr": 2e-5, "frames": 10, "ttm_topk": [80, 50, 30]},
-        "rice": {"vit_width": 768, "vit_layers": 12, "vit_patch": 32, "image_size": 224,
-                 "frames": 10, "n_neg": 3, "negatives": "hard"}}
-    for stage, values in expected.items():
+RECIPE = {
+    # supplement, 2.2; queries, layers and losses as DAB-DETR has them
+    "detector": {
+        "batch": 64, "epochs": 20, "decay_start": 15 / 20, "schedule": "drop", "warmup": 0,
+        "weight_decay": 1e-4, "clip_norm": 0.1, "adam_eps": 1e-8, "short_side": [480, 800, 32],
+        "long_side": 1333, "backbone": "resnet50", "dim": 256, "heads": 8, "ffn": 2048,
+        "encoder_layers": 6, "decoder_layers": 6, "queries": 300, "precision": "float32"},
+    "sd": {"lr": 1e-4, "backbone_lr": 1e-5},
+    "md": {"lr": 2e-4, "backbone_lr": 2e-5, "frames": 10, "ttm_topk": [80, 50, 30]},
+    # the public code's recipe of ICL + PMD + PFR; MD's boxes and hard negatives are the supplement's
+    "rice": {
+        "vit_width": 768, "vit_layers": 12, "vit_heads": 12, "vit_patch": 32, "embedding": 512,
+        "image_size": 224, "crop": 224 / 256, "frames": 10, "train_frames": 10, "per_live": 1,
+        "batch": 96, "steps": 5000, "lr": 1e-4, "backbone_lr": 1e-6, "adam_eps": 1e-6,
+        "weight_decay": 0.2, "warmup": 500, "schedule": "cosine", "decay_start": 0.0,
+        "clip_norm": 1e9, "precision": "bf16", "losses": "icl,pmd,pfr", "n_neg": 3,
+        "negatives": "hard", "box_source": "md", "text": "both", "text_length": 77}}
+
+
+def test_the_paper_preset_is_the_recipe():
+    for stage in train.STAGES:
         config = train.configure({"preset": "paper"}, stage)
-        assert {name: getattr(config, name) for name in values} == values
+        print(stage, vars(config))
+        expected = RECIPE[stage] | (RECIPE["detector"] if stage != "rice" else {})
+        assert {name: getattr(config, name) for name in expected} == expected
+    linear = torch.nn.Linear
+    model = torch.nn.ModuleDict({"visual": linear(1, 1), "pmd": linear(1, 1)})
+    groups = train.make_optimizer(model, config).param_groups
+    found = {(group["peak"], group["weight_decay"], group["eps"]): len(group["params"])
+             for group in groups}
+    assert found == {(1e-6, 0.2, 1e-6): 1, (1e-6, 0, 1e-6): 1, (1e-4, 0.2, 1e-6): 1,
+                     (1e-4, 0, 1e-6): 1}
+    assert [train.lr_factor(step, config) for step in (0, 249, 5000)] == pytest.approx(
+        [1 / 500, 0.5 * train.lr_factor(249, dataclasses.replace(config, warmup=0)), 0])
 
 
 def refused(model, state, path, says):
