@@ -274,8 +274,10 @@ class LPRSplit:
         if skip_file.exists():
             lines = read_text(skip_file).splitlines()
             skipped = [hash_id(line.partition("\t")[0].encode()) for line in lines]
-            keep = ~np.isin(self.index["video"], skipped)
-            self.notes.append(f"{skip_file}: {(~keep).sum()} of {len(keep)} clips left out")
+            keep, annotated = ~np.isin(self.index["video"], skipped), self.index["annotated"]
+            self.notes.append(
+                f"{skip_file}: {(~keep).sum()} of {len(keep)} clips left out, of those with boxes "
+                f"{(~keep & annotated).sum()} of {annotated.sum()}")
         self._keep(keep)
 
     def _keep(self, rows):

@@ -631,7 +631,8 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, rerank=N
         results, counts = table_1(found, lives, checkpoint["categories"])
     result = {"stage": config.stage, "data": str(lives.root), "split": lives.split,
               "step": checkpoint["step"], "counts": counts, "results": results,
-              "config": vars(config), "versions": checkpoint["versions"]}
+              "config": vars(config), "versions": checkpoint["versions"],
+              "left out of training": checkpoint["left_out"]}
     return result, Namespace(lives=lives, found=found, source=counts.get("source"),
                              categories=checkpoint["categories"])
 
@@ -679,9 +680,10 @@ def show_seeds(results, markdown=False):
 # ---- near-duplicates
 
 
-def duplicates(path, data_dir, threshold):
+def duplicates(path, data_dir, threshold, out=None):
     """Groups of shop images, [[id, ...], ...], whose cosine exceeds the threshold (supplement, 5):
-    printed, and written to duplicates.txt of the data folder as image<TAB>image it repeats."""
+    printed, and written to duplicates.txt in `out` or the data folder as image<TAB>image it
+    repeats."""
     checkpoint, groups = load_checkpoint(path), {}
     if checkpoint["config"].stage != "rice":
         raise BadInput(f"--duplicates: {path} is no checkpoint of --stage rice")
@@ -699,10 +701,12 @@ def duplicates(path, data_dir, threshold):
         groups.setdefault(group, []).append(name)
     groups = [group for group in groups.values() if len(group) > 1]
     lines = [f"{name}\t{group[0]}\n" for group in groups for name in group[1:]]
-    data.write_text(root / "duplicates.txt", "".join(lines))
+    file = Path(out or root) / "duplicates.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    data.write_text(file, "".join(lines))
     for group in groups[:20]:
         print("  ".join(group[:8]))
-    print(f"{len(files)} images, {len(groups)} groups, {len(lines)} to drop: {root}/duplicates.txt")
+    print(f"{len(files)} images, {len(groups)} groups, {len(lines)} to drop: {file}")
     return groups
 
 
@@ -957,7 +961,7 @@ def run(args):
     if args.live:
         return recognise(paths[-1], args)
     if args.duplicates is not None:
-        return duplicates(paths[-1], args.data, args.duplicates)
+        return duplicates(paths[-1], args.data, args.duplicates, args.out)
     settings = args.data, args.split, args.out, args.workers, args.rerank
     results, looks = zip(*[evaluate(path, *settings) for path in paths])
     other = evaluate(args.compare, *settings)[1] if args.compare else None

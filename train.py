@@ -326,6 +326,7 @@ def train(config, rank, world, device):
     model, extras, dataset, order, collate = build_stage(config, saved, device)
     config.steps = config.steps or max(1, int(config.epochs * len(dataset) / config.batch))
     extras["versions"] = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
+    extras["left_out"] = dataset.lives.notes
     optimizer, start, best = init_or_resume(model, config, saved, extras, path, device)
     module = LossModule(model.train())
     if world > 1:
