@@ -354,7 +354,8 @@ class LPRSplit:
         self._keep(np.sort(np.unique(product, return_index=True)[1])[:count])
         clips = [self.clip(i) for i in range(len(self))]
         self.video_ids, self.subsets, self.cases = [clip.video_id for clip in clips], {}, {}
-        self.gt_boxes = self.annotated_lengths.any()
+        self.gt_boxes = {frame_id: boxes.tolist() for clip in clips
+                         for frame_id, boxes in zip(clip.frame_ids, clip.boxes or [])}
         self.titles = {image_id: clip.title for clip in clips for image_id in clip.image_ids}
         self.positives = {clip.video_id: clip.image_ids for clip in clips}
         self.galleries = {live_of(clip.video_id): list(self.titles) for clip in clips}

@@ -236,6 +236,17 @@ def barrier():
     all_gather_object(None)
 
 
+def check_split(lives, stage):
+    """BadInput when a split lacks what a stage is judged by."""
+    where = f"{lives.root}/annotations/{lives.split}_"
+    if stage != "rice" and not any(map(len, lives.gt_boxes.values())):
+        raise BadInput(f"{where}frameid2gtbox_*.json: no true boxes to judge by")
+    served = any(lives.galleries.get(data.live_of(video_id)) for video_id in lives.video_ids)
+    if stage == "rice" and not (served and any(lives.positives.values())):
+        raise BadInput(f"{where}liveid_to_gallery_*.json with images for its lives and {where}"
+                       "videoid_to_gtimage_*.json are needed to rank them")
+
+
 def print_notes(lives):
     if is_main_process() and lives.notes:
         print(*lives.notes, sep="\n")
@@ -400,8 +411,6 @@ def ground_truth(rows, lives, categories):
             classes.append(class_of.get(category, unknown))
             images.append(row)
             boxes.append(box)
-    if not boxes:
-        raise BadInput(f"{lives.root}: the {lives.split} split has no true boxes to judge by")
     return {"image": np.array(images), "category": np.array(classes), "box_xyxy": np.array(boxes)}
 
 
@@ -556,9 +565,6 @@ def table_2(checkpoint, lives, folder, device, model=None, own_source=False):
     for q, video_id in enumerate(lives.video_ids):
         clips_of.setdefault(data.live_of(video_id), []).append(q)
     served = [live for live in clips_of if lives.galleries.get(live)]
-    if not served or not lives.positives:
-        raise BadInput(f"{lives.root}: {lives.split}_liveid_to_gallery_*.json with images for its "
-                       f"lives and {lives.split}_videoid_to_gtimage_*.json are needed to rank them")
     embedder, own = Embedder(checkpoint, device, model), checkpoint["config"].box_source
     sources = box_sources(checkpoint, lives, folder, device)
     sources = {own: sources[own]} if own_source else sources
@@ -624,6 +630,7 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, rerank=N
     if config.overfit:                    # evaluated on the clips that it was trained on
         lives.subset(config.overfit)
     print_notes(lives)
+    check_split(lives, config.stage)
     if config.stage == "rice":
         results, counts, found = table_2(checkpoint, lives, folder, device)
     else:

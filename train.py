@@ -509,6 +509,8 @@ def check_before(configs, world):
         if config.stage != "md" and pretrained and not config.init:
             raise BadInput(f"--stage {config.stage}: give --init FILE, the public weights that "
                            "this size starts from (see README), or --init none")
+        if config.init not in ("", "none") and not Path(config.init).is_file():
+            raise BadInput(f"--init {config.init}: no such file")
     first = configs[0]
     if first.init not in ("", "none") and (first.stage == "md" or len(configs) > 1):
         raise BadInput(f"--init {first.init}: expected --stage sd or rice beside it; "
@@ -516,6 +518,22 @@ def check_before(configs, world):
     needs = {"sd": "none", "md": "sd", "rice": first.box_source}[first.stage]
     if needs in ("sd", "md"):
         load_finished(first, needs)
+
+
+def check_data(configs):
+    """BadInput for what a stage would lack when it is trained or judged. One process does this,
+    and makes the index."""
+    root, lives = configs[0].data, data.LPRSplit(configs[0].data, "train")
+    for config in configs:
+        if config.stage == "rice":
+            data.ClipDataset(lives, None, config.train_frames, config.image_size, None, train=True)
+        else:
+            data.FrameDataset(lives, lives.categories, 1, config.short_side, config.long_side, True)
+    judged = () if configs[0].overfit else ("test", "val") if configs[0].eval_every else ("test",)
+    for split in judged:
+        lives = data.LPRSplit(root, split)
+        for config in configs:
+            evaluation.check_split(lives, config.stage)
 
 
 def run(given):
@@ -527,9 +545,7 @@ def run(given):
     if rank == 0:
         if root in data.DEFAULT_DATASETS and not Path(root).exists():
             data.render(root, **data.DEFAULT_DATASETS[root])
-        data.LPRSplit(root, "train")                 # one process makes the index
-        if not configs[0].overfit:
-            data.LPRSplit(root, "test")              # what is missing is told now
+        check_data(configs)
     evaluation.barrier()
     results = json.loads(path.read_text()) if path.exists() else {}
     for config in configs:

@@ -251,13 +251,36 @@ def test_a_stage_notices_that_the_one_before_it_changed(run_one, livestreams, tm
     (["--stage", "sd", "--data", "nowhere"], "nowhere: no annotations/"),
     (["--backbone", "resnet50", "--init", ""], "--stage sd: give --init FILE"),
     (["--stage", "rice", "--box-source", "none", "--vit-patch", "8", "--init", ""],
-     "--stage rice: give --init FILE")])
+     "--stage rice: give --init FILE"),
+    (["--init", "clip.pth", "--stage", "sd"], "--init clip.pth: no such file")])
 def test_what_is_missing_is_told_before_anything_is_made(
         livestreams, tmp_path, capsys, monkeypatch, command, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "render", None)
     assert says in fails(capsys, *flags(livestreams, tmp_path / "run"), *command)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file, flag, says", [
+    ("test_liveid_to_gallery", [], "needed to rank"), ("test_videoid_to_gtimage", [], "needed to"),
+    ("test_frameid2gtbox", [], "no true boxes"), ("test_", [], "no clips in the test split"),
+    ("val_", ["--eval-every", "9"], "no clips in the val split")])
+def test_what_later_stages_are_judged_by_is_looked_for_first(
+        livestreams, tmp_path, capsys, file, flag, says):
+    shutil.copytree(livestreams, tmp_path / "data")
+    for path in (tmp_path / "data/annotations").glob(f"{file}*"):
+        path.unlink()
+    assert says in fails(capsys, *flags(tmp_path / "data", tmp_path / "run"), *flag)
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_no_shop_image_is_told_before_the_detectors_are_trained(livestreams, tmp_path, capsys):
+    shutil.copytree(livestreams, tmp_path / "data")
+    (path,) = (tmp_path / "data/annotations").glob("training_*.txt")
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    path.write_text("".join("\t".join([*row[:3], "", *row[4:]]) + "\n" for row in rows))
+    assert "names a shop image" in fails(capsys, *flags(tmp_path / "data", tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("*"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(livestreams, tmp_path, capsys, monkeypatch):
