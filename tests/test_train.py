@@ -583,11 +583,14 @@ def test_the_quickstart_runs(livestreams, tmp_path, monkeypatch):
         elif alone and script == "eval.py" and "runs/paper" not in " ".join(arguments):
             evaluation.main(arguments)
     assert list(tmp_path.rglob("runs/tiny/results.json")) and list(tmp_path.rglob("answers.jsonl"))
+    exec(re.findall(r"```python\n(.*?)```", README, re.S)[1], {})
+    photos = torch.load("photos.pt")
+    assert len(photos["photo"]) == len(photos["embedding"]) == len(os.listdir("photos"))
 
 
 def test_the_readmes_own_data_is_the_layout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(code.strip().splitlines()) <= 10
     exec(code, {})
     clips, test = data.LPRSplit("mine", "train"), data.LPRSplit("mine", "test")
