@@ -1414,44 +1414,54 @@ def video_frames(path, every):
         print(f"{path}: damaged, as ffmpeg says: {said[-1]}", file=sys.stderr)
 
 
-def movingfashion(source, root):
+def movingfashion(source, root, processes=None):
     """MovingFashion (train.json, test.json, videos/, imgs/) -> the layout in `root`: a clip a
     video, a frame a second. All test images form one gallery."""
     need_ffmpeg(source)
-    source, root, rows, positives, gallery = Path(source).resolve(), Path(root), [], {}, []
+    source, root, videos, gallery = Path(source).resolve(), Path(root), {}, []
+    done = Tally()
     for folder in ("annotations", "frames", "images"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
-        entries, file = {}, source / f"{split}.json"
+        file = source / f"{split}.json"
         with expecting(f"{file}: expected {{key: {{img_path, video_paths}}}}"):
             for key, entry in json.loads(read_text(file)).items():
-                names = [entry["img_path"], *entry["video_paths"]]
-                entries[key] = [path_of(source, name) for name in names]
-        for key, (image, *videos) in progress_bar(entries.items(), f"cut {split}", unit="product"):
-            image_id = f"{split}-{key}"
-            link_file(image, Path(path_inside(root / "images", image_id) + image.suffix.lower()))
-            gallery += [image_id] if split == "test" else []
-            for n, path in enumerate(videos):
-                video_id, frame_ids = f"{image_id}_{n}-0-0", []
-                try:
-                    for t, frame in enumerate(video_frames(path, 1)):
-                        frame_ids.append(f"{video_id}-{t}")
-                        picture = TF.to_pil_image(frame)
-                        picture.save(root / "frames" / f"{frame_ids[-1]}.jpg", quality=92)
-                except BadInput as error:
-                    print(error, file=sys.stderr)
-                    continue
-                if frame_ids and split == "test":
-                    positives[video_id] = [image_id]
-                elif frame_ids:
-                    row = [video_id, json.dumps(frame_ids), "[]", image_id, *[""] * 7]
-                    rows.append("\t".join(row) + "\n")
+                image, image_id = path_of(source, entry["img_path"]), f"{split}-{key}"
+                link_picture(image, path_inside(root / "images", image_id), done)
+                gallery += [image_id] if split == "test" else []
+                for n, path in enumerate(entry["video_paths"]):
+                    videos[f"{image_id}_{n}-0-0"] = path_of(source, path)
+    rows, positives = [], {}
+    job = functools.partial(_cut_video, root / "frames")
+    with process_pool(processes) as pool:
+        cut = progress_bar(pool.map(job, videos, videos.values()), "cut", total=len(videos))
+        for video_id, frame_ids in zip(videos, cut):
+            image_id = video_id.rpartition("_")[0]
+            if frame_ids and image_id.startswith("test-"):
+                positives[video_id] = [image_id]
+            elif frame_ids:
+                row = [video_id, json.dumps(frame_ids), "[]", image_id, *[""] * 7]
+                rows.append("\t".join(row) + "\n")
     write_text(root / "annotations/training_videoinfo_0.txt", "".join(rows))
     galleries = {live_of(video_id): gallery for video_id in positives}
     for name, value in (("videoid_to_gtimage", positives), ("liveid_to_gallery", galleries)):
         write_text(root / f"annotations/test_{name}_0.json", json.dumps(value))
-    print(f"{len(rows) + len(positives)} videos, {len(gallery)} test images. Train with: python "
-          f"train.py --stage rice --box-source none --data {root}")
+    done.show()
+    print(f"{len(rows) + len(positives)} of {len(videos)} videos, {len(gallery)} test images. Train "
+          f"with: python train.py --stage rice --box-source none --data {root}")
+
+
+def _cut_video(folder, video_id, path):
+    """Write a frame a second -> frame ids, none when ffmpeg cannot read the video."""
+    frame_ids = []
+    try:
+        for t, frame in enumerate(video_frames(path, 1)):
+            frame_ids.append(f"{video_id}-{t}")
+            TF.to_pil_image(frame).save(folder / f"{frame_ids[-1]}.jpg", quality=92)
+    except BadInput as error:
+        print(error, file=sys.stderr)
+        return []
+    return frame_ids
 
 
 # ---- commands
@@ -1492,8 +1502,9 @@ def main(argv=None):
         download="img2dataset's output folder", root=folder)
     add(lpr750k, "convert LPR750K, the download of the public RICE code, by links",
         source="folder with annotations/, training_image/, query/, gallery/", root=folder)
-    add(movingfashion, "convert MovingFashion (needs the program ffmpeg)",
-        source="folder with train.json, test.json, videos/, imgs/", root=folder)
+    option = add(movingfashion, "convert MovingFashion (needs the program ffmpeg)",
+                 source="folder with train.json, test.json, videos/, imgs/", root=folder)
+    option("--processes", type=int, metavar="N", help="processes [all cores]")
     args = vars(parser.parse_args(argv))
     wrong = run_command(functools.partial(args.pop("command"), **args))
     sys.exit(1 if wrong is True else 0)

@@ -10,6 +10,7 @@ from PIL import Image
 
 import data
 import eval as evaluation
+from conftest import threads
 
 needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the program ffmpeg")
 
@@ -113,7 +114,8 @@ def test_a_video_gives_the_frames_of_its_seconds(tmp_path):
 
 
 @needs_ffmpeg
-def test_movingfashion_becomes_the_layout(tmp_path, capsys):
+def test_movingfashion_becomes_the_layout(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "process_pool", threads)
     root = tmp_path / "50%d off"
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.JPG")
     video(tmp_path / "v.mp4", "-t", "3.5").with_name("broken.mp4").write_bytes(b"no video")
