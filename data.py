@@ -41,6 +41,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -83,6 +84,13 @@ def expecting(text):
         raise BadInput(f"{text} ({error})") from None
 
 
+KILLED = "was a DataLoader worker killed? Try --workers 0, or docker run --shm-size 8g"
+CURES = {"open files": "try ulimit -n 4096, or --workers 0",
+         "DataLoader worker|shared memory|Connection re|EOFError": KILLED,
+         "process pool": "was the memory short? Try --processes 1",
+         "out of memory|allocate memory": "try --accum 4, --precision bf16 or a smaller --batch"}
+
+
 def run_command(command, *arguments):
     """Run a command. What the user can mend ends in one line on stderr and status 2."""
     try:
@@ -90,18 +98,15 @@ def run_command(command, *arguments):
     except (BadInput, OSError, EOFError, RuntimeError) as error:
         text = str(error).strip() or type(error).__name__
         line = text.splitlines()[-1]              # a loader process puts its traceback before it
-        if isinstance(error, RuntimeError):
-            line = text.splitlines()[0]
-            if re.search("DataLoader worker|process pool|shared memory", text):
-                line += "; try --workers 0, or docker run --shm-size 8g"
-            elif re.search("out of memory|allocate memory", text):
-                line += "; try --accum 4, --precision bf16 or a smaller --batch"
-            else:
+        if not isinstance(error, BadInput):
+            cures = [cure for said, cure in CURES.items() if re.search(said, text)]
+            if isinstance(error, RuntimeError) and not cures:
                 raise
+            line = "; ".join([text.splitlines()[0], *cures[:1]])
         print(f"\nerror: {line.removeprefix('data.BadInput: ')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; training and box prediction go on from what they saved", file=sys.stderr)
         sys.exit(130)
 
 
@@ -112,6 +117,9 @@ def atomic_write(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or path       # a full disk does not say which file
+        raise
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -131,9 +139,24 @@ def progress_bar(iterable=None, text="", show=True, **more):
     return tqdm(iterable, desc=text, disable=not show, delay=1, mininterval=0.5, **more)
 
 
+@contextlib.contextmanager
 def process_pool(processes=None):
     # Unlike multiprocessing.Pool it notices when a process is killed.
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, spawn, initializer=_start_pool_process)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_pool_process():
+    """Ctrl-C ends a pool process without a word, and it ends when its parent was killed."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 # ---- index and splits
@@ -174,6 +197,8 @@ def parse_boxes(entry, category, where):
         boxes = np.asarray_chkfinite(boxes.reshape(-1, 5))
         if (boxes[:, 2:4] < boxes[:, :2]).any():
             raise ValueError("x2 < x1 or y2 < y1: is it x, y, width, height?")
+        if 0 < boxes[:, :4].max(initial=0) <= 1:
+            raise ValueError("expected pixels, not 0..1")
     return boxes[(boxes[:, 2:4] > boxes[:, :2]).all(1)]
 
 
@@ -216,9 +241,10 @@ def index_training_file(path):
             text = line.removeprefix(b"\xef\xbb\xbf").strip(b"\r\n")
             columns = [column.strip() for column in text.split(b"\t")]
             try:
-                rows.append(index_row(columns, offset, number))
-                if columns[5]:
-                    categories.setdefault(int(columns[5]), columns[6].decode(errors="replace"))
+                if text.strip():
+                    rows.append(index_row(columns, offset, number))
+                    if columns[5]:
+                        categories.setdefault(int(columns[5]), columns[6].decode(errors="replace"))
             except ValueError as error:
                 malformed.append(f"{path}:{number}: {error}")
             if len(rows) == 65536:       # a table takes a tenth of the memory of a list
@@ -242,15 +268,16 @@ class LPRSplit:
     training clips also product and live [clips] (hashed ids, -1: none) and categories {id: name};
     class k of a detector is the k-th. A test clip is any with an ASR row, a true image or a true
     box; its frames are those in the box file and those on disk. notes: what was left out.
+    heed_skip: leave out the clips of skip.txt.
     """
 
-    def __init__(self, root, split):
+    def __init__(self, root, split, heed_skip=True):
         self.root, self.split, self.notes = Path(root), split, []
         self.annotations = self.root / "annotations"
         if not self.annotations.is_dir():
             raise BadInput(f"{root}: no annotations/; `python data.py render {root}` makes one")
         if split == "train":
-            self._index_training_files()
+            self._index_training_files(heed_skip)
         else:
             self._read_evaluation_files()
         if not len(self):
@@ -259,7 +286,7 @@ class LPRSplit:
     def __len__(self):
         return len(self.lengths)
 
-    def _index_training_files(self):
+    def _index_training_files(self, heed_skip):
         self.files = sorted(self.annotations.glob("training_videoinfo_*.txt"))
         parts, categories = [np.zeros(0, INDEX_DTYPE)], {}
         for path in self.files:
@@ -271,7 +298,7 @@ class LPRSplit:
         self.categories, self.index = dict(sorted(categories.items())), np.concatenate(parts)
         self.file = np.repeat(np.arange(len(parts)) - 1, list(map(len, parts)))
         keep, skip_file = np.full(len(self.index), True), self.annotations / "skip.txt"
-        if skip_file.exists():
+        if heed_skip and skip_file.exists():
             lines = read_text(skip_file).splitlines()
             skipped = [hash_id(line.partition("\t")[0].encode()) for line in lines]
             keep, annotated = ~np.isin(self.index["video"], skipped), self.index["annotated"]
@@ -295,8 +322,9 @@ class LPRSplit:
         if paths and pattern.endswith(".json"):
             with expecting(f"{paths[0]}: expected a JSON object {{id: [...], ...}}"):
                 rows = json.loads(read_text(paths[0]) or "{}")
-                if not all(isinstance(entry, list) for entry in rows.values()):
-                    raise ValueError("a value is no list")
+                for key, entry in rows.items():
+                    if not isinstance(entry, list):
+                        raise ValueError(f"{key} has no list")
         elif paths:
             for line in read_text(paths[0]).split("\n"):
                 key, _, text = line.partition("\t")
@@ -1107,11 +1135,10 @@ def check(root, decode=False, processes=None):
     cannot be used. -> True when more than 1 % of something is wrong"""
     root, problems, counts, skip, categories = Path(root), {}, Counter(), {}, {}
     skip_file = root / "annotations" / "skip.txt"
-    skip_file.unlink(missing_ok=True)
     for split, start in (("train", "training_"), ("val", "val_"), ("test", "test_")):
         if not any(skip_file.parent.glob(f"{start}*")):
             continue
-        lives = LPRSplit(root, split)
+        lives = LPRSplit(root, split, heed_skip=False)
         categories = lives.categories if split == "train" else categories
         print(f"{split}: {len(lives)} clips, {(lives.annotated_lengths > 0).sum()} annotated, "
               f"{lives.lengths.sum()} frames", *lives.notes, sep="\n    ")
@@ -1126,17 +1153,19 @@ def check(root, decode=False, processes=None):
                     skip |= {video_id: text} if split == "train" else {}
     if not counts:
         raise BadInput(f"{root}/annotations: no training_videoinfo_*.txt and no test files")
+    for kind, texts in problems.items():
+        print(f"{kind}: {len(texts)} of {counts[kind]} wrong", *texts[:10], sep="\n    ")
     if skip:
         write_text(skip_file, "".join(f"{clip}\t{text}\n" for clip, text in skip.items()))
         print(f"annotations/skip.txt: {len(skip)} training clips that training now leaves out")
-    for kind, texts in problems.items():
-        print(f"{kind}: {len(texts)} of {counts[kind]} wrong", *texts[:10], sep="\n    ")
+    else:
+        skip_file.unlink(missing_ok=True)
     spoilt = [kind for kind, texts in problems.items() if len(texts) > 0.01 * counts[kind]]
     print(f"more than 1 % wrong: {', '.join(spoilt)}" if spoilt else "fit for use")
     return bool(spoilt)
 
 
-_open_split = functools.cache(LPRSplit)
+_open_split = functools.cache(functools.partial(LPRSplit, heed_skip=False))
 
 
 def _check_clips(root, split, categories, decode, start):
@@ -1182,9 +1211,7 @@ def _check_frame(lives, frame_id, boxes, categories, decode):
     width, height = original_size(path, *check_picture(path)[1:])
     for x1, y1, x2, y2, category in boxes:
         wrong = ""
-        if max(x2, y2) <= 1:
-            wrong = "expected pixels, not 0..1"
-        elif x1 >= width or y1 >= height or x2 > 1.5 * width or y2 > 1.5 * height:
+        if x1 >= width or y1 >= height or x2 > 1.5 * width or y2 > 1.5 * height:
             wrong = f"outside of the {width} x {height} frame; expected x1, y1, x2, y2"
         elif category >= 0 and categories and category not in categories:
             wrong = f"category {category:g}, the training files have {[*categories][:40]}"
@@ -1383,7 +1410,8 @@ def _image_id_of_750k(name):
 
 def need_ffmpeg(path):
     if not shutil.which("ffmpeg"):
-        raise BadInput(f"{path}: a video needs the program ffmpeg (apt install ffmpeg)")
+        raise BadInput(f"{path}: a video needs the program ffmpeg, 5.1 or newer "
+                       "(apt install ffmpeg)")
 
 
 def video_frames(path, every):
@@ -1401,6 +1429,8 @@ def video_frames(path, every):
                 width, height = map(int, ffmpeg.stdout.readline().split())
                 ffmpeg.stdout.readline()                                 # 255
                 pixels = bytearray(ffmpeg.stdout.read(width * height * 3))
+                if len(pixels) < width * height * 3:                     # ffmpeg was killed
+                    break
                 image = torch.frombuffer(pixels, dtype=torch.uint8).view(height, width, 3)
                 yield image.permute(2, 0, 1)
             ffmpeg.wait()
@@ -1409,7 +1439,8 @@ def video_frames(path, every):
         log.seek(0)
         said = log.read().decode(errors="replace").strip().splitlines()
     if ffmpeg.returncode:
-        raise BadInput(f"{path}: ffmpeg cannot read it: {said[-1] if said else 'no reason given'}")
+        reason = said[-1] if said else "no reason given"
+        raise BadInput(f"{path}: ffmpeg (5.1 or newer) cannot read it: {reason}")
     if said:
         print(f"{path}: damaged, as ffmpeg says: {said[-1]}", file=sys.stderr)
 
@@ -1447,8 +1478,8 @@ def movingfashion(source, root, processes=None):
     for name, value in (("videoid_to_gtimage", positives), ("liveid_to_gallery", galleries)):
         write_text(root / f"annotations/test_{name}_0.json", json.dumps(value))
     done.show()
-    print(f"{len(rows) + len(positives)} of {len(videos)} videos, {len(gallery)} test images. Train "
-          f"with: python train.py --stage rice --box-source none --data {root}")
+    print(f"{len(rows) + len(positives)} of {len(videos)} videos, {len(gallery)} test images; "
+          f"train with: python train.py --stage rice --box-source none --data {root}")
 
 
 def _cut_video(folder, video_id, path):

@@ -22,7 +22,6 @@ import tempfile
 import textwrap
 import time
 from argparse import Namespace
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -298,15 +297,20 @@ def boxes_of_batch(model, batch, device, bf16=False):
     return rows
 
 
+def stamp_of_files(root):
+    """A short text that changes with the annotation files and the entries of frames/."""
+    root = Path(root)
+    sources = [root / "frames", *(root / "frames").glob("*/"), *root.glob("annotations/[!.]*")]
+    changes = sorted((path.name, path.stat().st_mtime_ns) for path in sources if path.exists())
+    return hashlib.sha256(repr((str(root.resolve()), changes)).encode()).hexdigest()[:16]
+
+
 def predict_boxes(checkpoint, lives, folder, device, every_frame=True, model=None):
     """A box for each frame of a split -> rows of boxes_of_batch in order of clip and frame, memory-
     mapped from FOLDER/boxes-*.npy, which serves again while the detector, the annotation files
     and the entries of frames/ stay the same. every_frame=False: `frames` even ones of each clip."""
     config = checkpoint["config"]
-    sources = [lives.root / "frames", *(lives.root / "frames").glob("*/"),
-               *(lives.root / "annotations").glob("[!.]*")]
-    changes = sorted((path.name, path.stat().st_mtime_ns) for path in sources if path.exists())
-    key = (fingerprint(checkpoint), str(lives.root.resolve()), lives.split, every_frame, changes,
+    key = (fingerprint(checkpoint), lives.split, every_frame, stamp_of_files(lives.root),
            hashlib.sha256(lives.lengths.tobytes()).digest(), config.short_side, config.long_side)
     key = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     if not os.access(folder, os.W_OK):
@@ -456,6 +460,8 @@ REMARKS = {
     "boxes of unknown categories": "{} true boxes have a category that training did not know; they "
                                    "cannot be found in the rows per category.",
     "without": "{} clips have no gallery and count as misses.",
+    "no true image": "{} clips have no true image in the gallery of their live and count as "
+                     "misses; `python data.py check` names them.",
     "untitled": "In {} lives some images have no title. Titles are not used there: a title alone "
                 "could give the true image away."}
 SCORES = {"icl": "ICL", "pmd": "PMD", "fused": "ICL + PMD"}
@@ -489,6 +495,18 @@ class Embedder:
         dataset = data.GalleryDataset(read, titles, self.tokenizer, self.config.image_size, ids,
                                       self.config.crop)
         return self.embed(dataset, range(len(ids)), encode)
+
+    def embed_photos(self, photos, titles, tokens=True):
+        """Photos {name: path} -> names, embedding, tokens of those that can be read. Prints the
+        others; BadInput when none can be read."""
+        image, image_tokens, readable = self.embed_images(
+            lambda name: data.read_picture(photos[name]), titles, list(photos), tokens)
+        names = [name for name, good in zip(photos, readable.tolist()) if good]
+        for name in photos.keys() - names:
+            print(f"{photos[name]}: left out, it is not a whole picture")
+        if not names:
+            raise BadInput(f"{photos[name]}: not a whole picture, as all others there")
+        return names, image[readable], image_tokens[readable]
 
     def embed_clips(self, lives, clips, boxes):
         """Clips of a split, seen through data.Boxes or (None) as whole frames -> embedding [Q,D],
@@ -586,6 +604,7 @@ def table_2(checkpoint, lives, folder, device, model=None, own_source=False):
     counts = {"clips": len(lives), "lives": len(clips_of), "gallery": float(sizes.mean()),
               "chance": 100 * float((1 / sizes).mean()), "source": own,
               "without": len(lives) - sum(len(clips_of[live]) for live in served)}
+    counts["no true image"] = sum(int((~live["positive"].any(1)).sum()) for live in ranked.values())
     for name in ("missing", "missing images", "untitled"):
         counts[name] = sum(live[name] for live in ranked.values())
     return results, counts, ranked
@@ -639,6 +658,7 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, rerank=N
     result = {"stage": config.stage, "data": str(lives.root), "split": lives.split,
               "step": checkpoint["step"], "counts": counts, "results": results,
               "config": vars(config), "versions": checkpoint["versions"],
+              "files": stamp_of_files(lives.root),
               "left out of training": checkpoint["left_out"]}
     return result, Namespace(lives=lives, found=found, source=counts.get("source"),
                              categories=checkpoint["categories"])
@@ -695,16 +715,15 @@ def duplicates(path, data_dir, threshold, out=None):
     if checkpoint["config"].stage != "rice":
         raise BadInput(f"--duplicates: {path} is no checkpoint of --stage rice")
     root = Path(data_dir or checkpoint["config"].data)
-    files = {file.stem: file for file in picture_paths(root / "images")}
-    feature, _, readable = Embedder(checkpoint, pick_device()).embed_images(
-        lambda name: data.read_picture(files[name]), {}, list(files), tokens=False)
-    feature, first = feature * readable[:, None], np.arange(len(files))
-    for start in progress_bar(range(0, len(files), 1024), "compare"):
+    photos = {file.stem: file for file in picture_paths(root / "images")}
+    names, feature, _ = Embedder(checkpoint, pick_device()).embed_photos(photos, {}, tokens=False)
+    first = np.arange(len(names))
+    for start in progress_bar(range(0, len(names), 1024), "compare"):
         alike = feature[start:start + 1024] @ feature.T > threshold                  # [1024,G]
         for i, j in alike.nonzero().tolist():
             one, other = sorted((first[start + i], first[j]))
             first[first == other] = one
-    for name, group in zip(files, first.tolist()):
+    for name, group in zip(names, first.tolist()):
         groups.setdefault(group, []).append(name)
     groups = [group for group in groups.values() if len(group) > 1]
     lines = [f"{name}\t{group[0]}\n" for group in groups for name in group[1:]]
@@ -713,7 +732,7 @@ def duplicates(path, data_dir, threshold, out=None):
     data.write_text(file, "".join(lines))
     for group in groups[:20]:
         print("  ".join(group[:8]))
-    print(f"{len(files)} images, {len(groups)} groups, {len(lines)} to drop: {file}")
+    print(f"{len(names)} images, {len(groups)} groups, {len(lines)} to drop: {file}")
     return groups
 
 
@@ -864,15 +883,18 @@ class Window:
 
 def picture_paths(folder):
     """The pictures below a folder, numbers in names in order of value. Prints what is left out."""
-    good, left_out = [], Counter()
+    if not Path(folder).is_dir():
+        raise BadInput(f"{folder}: no such file or folder")
+    good, left_out = [], data.Tally()
     for path in filter(Path.is_file, Path(folder).rglob("*")):
         try:
             data.check_picture(path)
             good.append(path)
         except BadInput as error:
-            left_out[str(error).removeprefix(f"{path}: ")] += 1
+            left_out.add(str(error).removeprefix(f"{path}: "), path.name)
     for reason, count in left_out.items():
-        print(f"{folder}: {count} of {len(good) + left_out.total()} files left out: {reason}")
+        print(f"{folder}: {count} of {len(good) + left_out.total()} files left out, first "
+              f"{left_out.first[reason]}: {reason}")
     if not good:
         raise BadInput(f"{folder}: no picture that can be read (JPEG, PNG or WebP)")
     return sorted(good, key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(20), path.as_posix()))
@@ -880,11 +902,14 @@ def picture_paths(folder):
 
 def tab_rows(path, key):
     """[(key, text)] of a file of rows key<TAB>text; key: a regular expression."""
-    lines = data.read_text(path).splitlines() if path else []
-    rows = [re.fullmatch(rf"\s*({key})\s*\t(.*)", line) for line in lines if line.strip()]
-    if None in rows:
-        raise BadInput(f"{path}: row {1 + rows.index(None)} is not photo or seconds<TAB>text")
-    return [(row[1], row[2].strip()) for row in rows]
+    rows = []
+    for number, line in enumerate(data.read_text(path).split("\n") if path else [], 1):
+        row = re.fullmatch(rf"\s*({key})\s*\t(.*)", line)
+        if row:
+            rows.append((row[1], row[2].strip()))
+        elif line.strip():
+            raise BadInput(f"{path}: row {number} is not photo or seconds<TAB>text")
+    return rows
 
 
 def live_frames(source, every):
@@ -912,15 +937,22 @@ def recognise(path, args):
     titles = {name: titles.get(name, titles.get(Path(name).stem, "")) for name in photos}
     def read(name):
         return data.read_picture(photos[name])
-    config.workers, names, start, sheet = 0, list(photos), 0.0, {}
+    if args.titles:
+        count = sum(map(bool, titles.values()))
+        print(f"{args.titles}: {count} of {len(photos)} photos have a title")
+    config.workers, start, heard, sheet = 0, 0.0, 0, {}
     embedder, model = Embedder(checkpoint, device), detector and load_model(detector, device)
-    image, image_tokens, readable = embedder.embed_images(read, titles, names)
+    names, image, image_tokens = embedder.embed_photos(photos, titles)
     stream = live_frames(args.live, args.every)
+    frames = list(itertools.islice(stream, args.window))
+    if not frames:
+        raise BadInput(f"--live {args.live}: no frame in it")
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
-        while frames := list(itertools.islice(stream, args.window)):
+        while frames:
             end, boxes, found = start + len(frames) * args.every, None, None
-            asr = " ".join(text for second, text in said if start <= float(second) < end)
+            texts = [text for second, text in said if start <= float(second) < end]
+            heard, asr = heard + len(texts), " ".join(texts)
             window = Window(frames, asr)
             if detector:
                 sides = detector["config"].short_side, detector["config"].long_side
@@ -930,8 +962,9 @@ def recognise(path, args):
                 found = boxes.box[:, :5].round(2).tolist()
             clip, tokens, padding_mask, _ = embedder.embed_clips(window, [0], boxes)
             scores = embedder.similarity(clip, image, tokens, image_tokens, padding_mask)
-            score = list(scores.values())[-1][0].masked_fill(~readable, -math.inf).tolist()
+            score = list(scores.values())[-1][0].tolist()         # -inf: the PMD has not seen it
             top = sorted(zip(names, score), key=lambda pair: -pair[1])[:args.top]
+            top = [pair for pair in top if pair[1] > -math.inf]
             answer = {"start": start, "end": end, "asr": asr, "boxes": found, "top": top}
             print(json.dumps(answer, ensure_ascii=False), file=file, flush=True)
             clock = [str(datetime.timedelta(seconds=int(second))) for second in (start, end)]
@@ -939,9 +972,9 @@ def recognise(path, args):
             print(f"{' - '.join(clock)}  {value:6.2f}  {best}  {titles[best]}", flush=True)
             shop = [(name, f"{value:.1f} {titles[name] or name}", "gray") for name, value in top]
             sheet[best] = ranking_row(window, window.clip(0), f"{clock[0]} {asr}", shop, read)
-            start = end
-    if not sheet:
-        raise BadInput(f"--live {args.live}: no frame in it")
+            start, frames = end, list(itertools.islice(stream, args.window))
+    if said:
+        print(f"{args.asr}: {heard} of {len(said)} rows were said in this live")
     save_sheet(list(sheet.values()), out / "answers.png")
     print(f"answers: {out}/answers.jsonl, picture: {out}/answers.png")
 

@@ -353,8 +353,8 @@ def train(config, rank, world, device):
             # Reduced over all processes, so that all of them stop at the same step.
             values = reduce_metrics({"loss": loss, **terms, "norm": norm}, world)
             if not math.isfinite(values["loss"] + values["norm"]):
-                raise BadInput(f"{config.stage}, step {step + 1}: not finite: {values}; {path} is "
-                               "the last good state; try a lower --lr, or float32")
+                raise BadInput(f"{config.stage}, step {step + 1}: not finite: {values}; try a "
+                               f"lower --lr, or float32. {path}, if there, is the last good state")
             shown = {name: f"{value:.3g}" for name, value in values.items() if name != "norm"}
             bar.set_postfix(shown)
         if log_now:
@@ -407,8 +407,13 @@ def save(path, checkpoint):
     """Write to a temporary file, then rename: a killed process or a full disk leaves the
     checkpoint before this one."""
     if is_main_process():
-        with data.atomic_write(path) as temporary:
-            torch.save(checkpoint, temporary)
+        try:
+            with data.atomic_write(path) as temporary:
+                torch.save(checkpoint, temporary)
+        except RuntimeError as error:            # torch's own writer
+            reason = str(error).splitlines()[0]
+            raise BadInput(f"{path}: cannot be written, is the disk full? The checkpoint before it "
+                           f"is whole ({reason})") from None
 
 
 def config_diff(config, saved):
@@ -550,10 +555,11 @@ def run(given):
     results = json.loads(path.read_text()) if path.exists() else {}
     for config in configs:
         trained, file = train(config, rank, world, device), f"{config.out}/{config.stage}.pt"
-        if not trained and config.stage in results:
+        result = results.get(config.stage)
+        if not trained and result and result["files"] == evaluation.stamp_of_files(root):
             if rank == 0:
                 print(f"{config.stage}: done before ({file})")
-                evaluation.show(results[config.stage])
+                evaluation.show(result)
             continue
         results[config.stage], look = evaluation.evaluate(file, workers=config.workers)
         if rank == 0:

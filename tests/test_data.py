@@ -1,6 +1,7 @@
 """data.py: renderer, layout, pictures, tokenizer, items, order of batches, check and converters."""
 import json
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -162,7 +163,9 @@ def test_malformed_rows_and_those_of_skip_txt_are_left_out_and_counted(tmp_path,
             for i, row in enumerate(columns_of(livestreams))]
     rows[70] = rows[70][:9]                                         # two columns are lost
     annotate(tmp_path, training_videoinfo_0=rows)
-    note = "_0.txt:71: expected 11 columns by tab, found 9; 1 of 200 rows left out"
+    with open(tmp_path / "annotations/training_videoinfo_0.txt", "a") as file:
+        file.write("\n\n\n")                                      # a blank line is no row
+    note = "_0.txt:71: expected 11 columns by tab, found 9; 1 of 203 rows left out"
     for _ in range(2):                                              # the index keeps the note
         lives = data.LPRSplit(tmp_path, "train")
         assert lives.clip(70).video_id == "a-8-7" and note in lives.notes[0]
@@ -409,6 +412,13 @@ def test_check_finds_what_is_wrong_and_leaves_it_out(tmp_path, copy, capsys, mon
         assert text in said, (text, said)
     frames = data.FrameDataset(lives, lives.categories, 1, (48, 48, 16), 100, True)
     assert len([frames[0, i] for i in range(len(frames))]) == 12    # the rest can be trained on
+    skipped = (spoilt / "annotations/skip.txt").read_text()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "_check_clips", Mock(side_effect=KeyboardInterrupt))
+        data.check(spoilt)
+    assert (spoilt / "annotations/skip.txt").read_text() == skipped
+    data.check(spoilt)
+    assert (spoilt / "annotations/skip.txt").read_text() == skipped     # looked at again
 
 
 def test_img2dataset_output_becomes_the_layout(tmp_path):

@@ -64,10 +64,14 @@ def test_what_is_no_picture_is_left_out_and_named(recording, capsys):
         Image.new("RGB", (64, 64), "green").save(root / "shop" / name, kind)
     for name in ("shop/h.jpg", "live/f5.jpg", "live/notes.txt"):
         (root / name).write_bytes(b"")
+    whole = (root / "shop/b.jpg").read_bytes()
+    (root / "shop/cut.jpg").write_bytes(whole[:len(whole) // 2])
     answers, said = ask("--top", "9", "--window", "5"), capsys.readouterr().out
+    assert "cut.jpg: left out, it is not a whole picture" in said
     assert len(answers[0]["top"]) == 6 and [a["end"] for a in answers] == [5, 10, 15]
-    assert "shop: 1 of 8 files left out: is a GIF, expected JPEG, PNG or WebP" in said
-    assert "shop: 1 of 8 files left out: no pic" in said and "live: 2 of 17 files left out" in said
+    assert "shop: 1 of 9 files left out, first g.gif: is a GIF, expected JPEG, PNG or W" in said
+    assert "shop: 1 of 9 files left out, first h.jpg: no pic" in said
+    assert "live: 2 of 17 files left out, first " in said
 
 
 def test_frames_of_a_folder_come_in_order_of_their_numbers(tmp_path):
@@ -100,6 +104,20 @@ def video(path, *options):
     return path
 
 
+def test_a_live_that_fails_keeps_the_answers_before_it(recording, capsys):
+    root, *_, ask = recording
+    ask()
+    (root / "late.txt").write_text("5000\thello\n1\tthis\n")
+    (root / "others.txt").write_text("photos\\b.jpg\tmug\n")
+    before = ask("--asr", str(root / "late.txt"), "--titles", str(root / "others.txt"))
+    said = capsys.readouterr().out
+    assert "late.txt: 1 of 2 rows were said" in said and "others.txt: 0 of 4 photos" in said
+    (root / "none").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        ask("--live", str(root / "none"))
+    assert list(map(json.loads, open(root / "answers.jsonl", encoding="utf-8"))) == before
+
+
 @needs_ffmpeg
 def test_a_video_gives_the_frames_of_its_seconds(tmp_path):
     plain = video(tmp_path / "a 50%d.mp4")
@@ -124,7 +142,7 @@ def test_movingfashion_becomes_the_layout(tmp_path, capsys, monkeypatch):
             "0": {"img_path": "a.JPG", "video_paths": ["v.mp4", "broken.mp4"], "source": "net"},
             "7": {"img_path": "a.JPG", "video_paths": ["v.mp4"]}}))
     data.movingfashion(tmp_path, root)
-    assert capsys.readouterr().err.count("broken.mp4: ffmpeg cannot read it") == 2
+    assert capsys.readouterr().err.count("broken.mp4: ffmpeg (5.1 or newer) cannot read it") == 2
     train, test = (data.LPRSplit(root, split) for split in ("train", "test"))
     assert train.lengths.tolist() == test.lengths.tolist() == [4, 4]
     assert train.frame(train.clip(0).frame_ids[3])[0].shape == (3, 48, 64)

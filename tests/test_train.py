@@ -206,7 +206,7 @@ def test_signals_end_a_run_at_once(livestreams, tmp_path):
     os.killpg(runs[1].pid, signal.SIGINT)                   # Ctrl-C: the loader process hears it
     (terminated, *_), (stopped, _, error) = map(ended, runs)
     assert terminated == -signal.SIGTERM and stopped == 130
-    assert lines_of(error)[0].startswith("stopped; the same command goes on")
+    assert lines_of(error)[0].startswith("stopped; training and box prediction go on")
     assert "KeyboardInterrupt" not in error
     assert all(load(out / "sd.pt")["step"] % 3 == 0 for out in outs)
 
@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises((OSError, RuntimeError)):
+        with pytest.raises((OSError, data.BadInput), match="sd.pt"):
             train.save(tmp_path / "sd.pt", {"step": 2, "model": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -230,6 +230,21 @@ def test_a_second_run_says_that_all_is_done(run_one, livestreams, capsys):
     assert all(f"{stage}: done before" in said for stage in train.STAGES) and len(before) == 3
     assert "all done" in said and "Table 1" in said and "Table 2" in said
     assert before == {path: path.read_bytes() for path in run_one.glob("*.pt")}
+
+
+def test_a_finished_run_is_judged_again_when_the_data_changed(livestreams, tmp_path, capsys):
+    shutil.copytree(livestreams, tmp_path / "data")
+    command = [*flags(tmp_path / "data", tmp_path / "run"), "--stage", "sd"]
+    train.main(command)
+    (file,) = (tmp_path / "data/annotations").glob("test_frameid2gtbox*")
+    boxes = json.loads(file.read_text())
+    file.write_text(json.dumps({frame_id: boxes[frame_id][:1] for frame_id in list(boxes)[:3]}))
+    capsys.readouterr()
+    train.main(command)
+    said = capsys.readouterr().out
+    assert "done before" not in said and "32 frames, 3 boxes" in said
+    train.main(command)
+    assert "done before" in capsys.readouterr().out
 
 
 def test_a_stage_notices_that_the_one_before_it_changed(run_one, livestreams, tmp_path, capsys):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -245,8 +246,8 @@ RUN = [
     ("RICE beside MD", f"{TABLE2} --pictures @/new --compare @/run/md.pt", nothing, "md.pt"),
     ("a live by a detector", LIVE.replace("rice.pt", "md.pt"), nothing, "--stage rice"),
     ("a live without shop", f"{TABLE2} --live @/data/frames", nothing, "--shop FOLDER"),
-    ("a live that is not there", f"{LIVE} --live @/no.mp4", nothing, "no.mp4: no "),
-    ("a shop that is not there", f"{LIVE} --shop @/shop", nothing, "shop: no picture that can be"),
+    ("a live that is not there", f"{LIVE} --live @/no.mp4", nothing, "no.mp4: no such file or folder"),
+    ("a shop that is not there", f"{LIVE} --shop @/shop", nothing, "shop: no such file or folder"),
     ("titles without a tab", f"{LIVE} --titles @/rows.txt", texts, "rows.txt: ... 2 ... <TAB>"),
     ("seconds as a clock", f"{LIVE} --asr @/clock.txt", texts, "clock.txt: ... 1 ... <TAB>"),
     ("a video without ffmpeg", f"{LIVE} --live @/clock.txt", also(texts, without_programs),
@@ -263,6 +264,8 @@ ODD = [
      "4.0 images a gallery"),
     ("a true category that training has not", TABLE1,
      entry("frameid2gtbox", [[1, 2, 30, 40, 99]]), "true boxes have a category that training"),
+    ("a true image that no gallery has", TABLE2, entry("videoid_to_gtimage", ["ghost"]),
+     "1 clips have no true image in the gallery"),
     ("a clip without gallery", TABLE2, entry("liveid_to_gallery", ["a"], "x"), "4 clips have no"),
     ("boxes in 0..1", CHECK, boxes(0.1, 0.2, 0.6, 0.8), "expected pixels, not 0..1"),
     ("boxes as x, y, width, height", CHECK, boxes(30, 32, 12, 9), "is it x, y, width, height?"),
@@ -380,3 +383,31 @@ def test_a_process_that_fails_ends_the_command(place):
         for process in (wrong, killed, render):
             process.kill()
     assert not (place / "lives").exists() and not list(place.rglob("*.part"))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
+def test_pool_processes_end_with_their_parent(tmp_path):
+    render = start(ROOT / "data.py", "render", tmp_path / "lives", "--lives", 99, "--processes", 2)
+    shown = tmp_path / "lives.rendering/frames"
+    while render.poll() is None and not (shown.exists() and any(shown.iterdir())):
+        time.sleep(0.1)
+    workers = [Path(f"/proc/{pid}/stat") for pid in children(render, "spawn_main")]
+    assert len(workers) == 2
+    render.kill()
+    render.communicate()
+    end = time.time() + 30
+    while any(path.exists() and ") Z" not in path.read_text() for path in workers):
+        assert time.time() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("said, cure", [
+    ("Too many open files. Communication with the workers is no longer possible.", "ulimit -n"),
+    ("A process in the process pool was terminated abruptly", "--processes 1"),
+    ("[Errno 104] Connection reset by peer", "--workers 0"),
+    ("CUDA out of memory. Tried to allocate 2 GiB", "--accum 4")])
+def test_the_machine_s_limits_are_told_with_a_cure(said, cure, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        data.run_command(Mock(side_effect=RuntimeError(said)))
+    (line,) = lines_of(capsys.readouterr().err)
+    assert line.startswith(f"error: {said}; ") and cure in line
