@@ -666,7 +666,8 @@ def true_boxes(lives):
     """The first true box of each frame that has one -> Boxes."""
     start, rows = [0], []
     for c in range(len(lives)):
-        for t, boxes in enumerate(lives.clip(c).boxes or []):
+        clip = lives.clip(c) if lives.annotated_lengths[c] else None       # parsing takes long
+        for t, boxes in enumerate(clip.boxes if clip else []):
             rows += [(t, *boxes[0, :4], 1, boxes[0, 4])] if len(boxes) else []
         start.append(len(rows))
     table = np.array(rows, np.float32).reshape(-1, 7)
@@ -792,6 +793,8 @@ class GalleryDataset(Dataset):
 def grouped_epoch_order(live_ids, per_live):
     """Order of one epoch for RICE: groups of `per_live` clips of one live in random order, so
     that a batch holds negatives of the same shop; 1: random order. -> a function of rng"""
+    if per_live == 1:                    # millions of groups of one clip take seconds and memory
+        return lambda rng: rng.permutation(len(live_ids))
     by_live = np.argsort(live_ids, kind="stable")
     members = np.split(by_live, np.flatnonzero(np.diff(live_ids[by_live])) + 1)
 
@@ -1133,7 +1136,8 @@ def render(root, distractors="natural", processes=None, **options):
 def check(root, decode=False, processes=None):
     """Print what is in a folder and what is wrong, write annotations/skip.txt: training clips that
     cannot be used. -> True when more than 1 % of something is wrong"""
-    root, problems, counts, skip, categories = Path(root), {}, Counter(), {}, {}
+    root, problems, skip, categories = Path(root), {}, {}, {}
+    counts, wrong = Counter(), Counter()
     skip_file = root / "annotations" / "skip.txt"
     for split, start in (("train", "training_"), ("val", "val_"), ("test", "test_")):
         if not any(skip_file.parent.glob(f"{start}*")):
@@ -1149,18 +1153,20 @@ def check(root, decode=False, processes=None):
             for found, counted in progress_bar(parts, f"check {split}", total=len(starts)):
                 counts.update(counted)
                 for kind, text, video_id in found:
-                    problems.setdefault(kind, []).append(text)
+                    wrong[kind] += 1
+                    if wrong[kind] <= 10:             # millions of texts would fill the memory
+                        problems.setdefault(kind, []).append(text)
                     skip |= {video_id: text} if split == "train" else {}
     if not counts:
         raise BadInput(f"{root}/annotations: no training_videoinfo_*.txt and no test files")
     for kind, texts in problems.items():
-        print(f"{kind}: {len(texts)} of {counts[kind]} wrong", *texts[:10], sep="\n    ")
+        print(f"{kind}: {wrong[kind]} of {counts[kind]} wrong", *texts, sep="\n    ")
     if skip:
         write_text(skip_file, "".join(f"{clip}\t{text}\n" for clip, text in skip.items()))
         print(f"annotations/skip.txt: {len(skip)} training clips that training now leaves out")
     else:
         skip_file.unlink(missing_ok=True)
-    spoilt = [kind for kind, texts in problems.items() if len(texts) > 0.01 * counts[kind]]
+    spoilt = [kind for kind in problems if wrong[kind] > 0.01 * counts[kind]]
     print(f"more than 1 % wrong: {', '.join(spoilt)}" if spoilt else "fit for use")
     return bool(spoilt)
 
@@ -1170,7 +1176,7 @@ _open_split = functools.cache(functools.partial(LPRSplit, heed_skip=False))
 
 def _check_clips(root, split, categories, decode, start):
     """Problems of 256 clips, [(kind, text, video id)], and what was looked at, {kind: count}."""
-    lives, found, counts = _open_split(root, split), [], Counter()
+    lives, found, counts, looked_at = _open_split(root, split), [], Counter(), set()
     for i in range(start, min(start + 256, len(lives))):
         video_id = lives.training_row(i)[1][0] if split == "train" else lives.video_ids[i]
 
@@ -1191,6 +1197,8 @@ def _check_clips(root, split, categories, decode, start):
             if not set(images) & set(clip.image_ids):
                 found.append(("galleries", f"{video_id}: its live's gallery ({len(images)} images) "
                               f"holds none of its true images {clip.image_ids}", video_id))
+            images = [image_id for image_id in images if image_id not in looked_at]
+            looked_at.update(images)            # a gallery is looked at once, not once a clip
         for image_id in images:
             attempt("images", _check_image, lives, image_id, decode)
         count = len(clip.frame_ids)

@@ -300,7 +300,9 @@ def boxes_of_batch(model, batch, device, bf16=False):
 def stamp_of_files(root):
     """A short text that changes with the annotation files and the entries of frames/."""
     root = Path(root)
-    sources = [root / "frames", *(root / "frames").glob("*/"), *root.glob("annotations/[!.]*")]
+    frames, annotations = root / "frames", root.glob("annotations/[!.]*")
+    entries = os.scandir(frames) if frames.is_dir() else ()         # glob would hold all in memory
+    sources = [frames, *(Path(entry.path) for entry in entries if entry.is_dir()), *annotations]
     changes = sorted((path.name, path.stat().st_mtime_ns) for path in sources if path.exists())
     return hashlib.sha256(repr((str(root.resolve()), changes)).encode()).hexdigest()[:16]
 
@@ -422,8 +424,8 @@ def table_1(rows, lives, categories):
     """Table 1 in percent -> {method: {"class-agnostic": {column: AP}, "per category": {...}}} of
     each method in `rows`, and counts."""
     truth = ground_truth(rows, lives, categories)
-    video_ids = np.array(lives.video_ids)[rows["clip"]]
-    parts = {name: np.isin(video_ids, list(ids)) for name, ids in lives.subsets.items()}
+    parts = {name: np.array([video_id in ids for video_id in lives.video_ids])[rows["clip"]]
+             for name, ids in lives.subsets.items()}
     results, readable = {}, np.flatnonzero(rows["sd"][:, 4] >= 0)
     for method in rows.dtype.names[2:]:
         box = rows[method][readable]

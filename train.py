@@ -205,7 +205,7 @@ def build_rice(config, lives, saved, device):
     """RICE on clips and their shop images, through the boxes of --box-source."""
     vocabulary = saved["tokenizer"] if saved else None
     if not saved:
-        texts, stride = [], 1 + len(lives) // 100_000          # of at most 100,000 clips
+        texts, stride = [], 1 + len(lives) // 10_000           # of at most 10,000 clips
         for i in range(0, len(lives), stride) if config.text != "none" else ():
             clip = lives.clip(i)
             texts += [clip.title, clip.asr]

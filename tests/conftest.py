@@ -1,6 +1,7 @@
 """Shared by the tests: golden numbers, and a small data set and run, made once a session."""
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import unittest.mock
@@ -20,6 +21,8 @@ SMALL = ("--steps 2 --batch 4 --workers 0 --frames 4 --short-side 48,64,16 --lon
          "--log-every 1").split()
 BESIDE = "tests/test_train.py", "tests/test_detect.py"       # half of the time of all tests
 torch.set_num_threads(1)     # tensors are tiny here, and tests start processes on the other cores
+# A shell ignores Ctrl-C for its background jobs, and the processes that tests start would as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
