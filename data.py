@@ -142,7 +142,7 @@ def progress_bar(iterable=None, text="", show=True, **more):
 @contextlib.contextmanager
 def process_pool(processes=None):
     # Unlike multiprocessing.Pool it notices when a process is killed.
-    spawn = multiprocessing.get_context("spawn")
+    spawn, processes = multiprocessing.get_context("spawn"), processes or min(16, os.cpu_count())
     pool = ProcessPoolExecutor(processes, spawn, initializer=_start_pool_process)
     try:
         yield pool
@@ -160,6 +160,9 @@ def _start_pool_process():
 
 
 # ---- index and splits
+#
+# LPR4M has 4 million training rows, too many to hold. The index keeps 45 bytes of each: where the
+# row begins in its file, and what the order of batches needs. A row is parsed when it is asked for.
 
 
 @dataclass
@@ -573,9 +576,13 @@ class FrameDataset(Dataset):
     def __getitem__(self, key):
         epoch, i = key
         c = int(np.searchsorted(self.cumulative_items, i, side="right")) - 1
-        clip, parts, part = self.lives.clip(c), self.items_per_clip[c], i - self.cumulative_items[c]
+        clip = self.lives.clip(c)
         count = len(clip.frame_ids)
-        chosen = range(part, count, parts) if parts > 1 else even_frames(count, self.frames)
+        chosen = even_frames(count, self.frames)
+        # A long clip makes several items; item `part` has the frames part, part + parts, ...
+        parts, part = self.items_per_clip[c], i - self.cumulative_items[c]
+        if parts > 1:
+            chosen = range(part, count, parts)
         rng = np.random.default_rng((self.seed, epoch, i))
         low, high, step = self.short_side
         side = low + step * int(rng.integers((high - low) // step + 1)) if self.augment else high
@@ -719,7 +726,8 @@ class ClipDataset(Dataset):
     def __getitem__(self, key):
         epoch, i = key
         c = int(self.clips[i])
-        clip, rng = self.lives.clip(c), np.random.default_rng((self.seed, epoch, i))
+        clip = self.lives.clip(c)
+        rng = np.random.default_rng((self.seed, epoch, i))
         rows = range(self.boxes.start[c], self.boxes.start[c + 1]) if self.boxes else ()
         views = [(self.boxes.frame_index[row], self.boxes.box[row, :4]) for row in rows]
         views = views or [(t, None) for t in range(len(clip.frame_ids))]
@@ -1162,7 +1170,9 @@ def check(root, decode=False, processes=None):
     for kind, texts in problems.items():
         print(f"{kind}: {wrong[kind]} of {counts[kind]} wrong", *texts, sep="\n    ")
     if skip:
-        write_text(skip_file, "".join(f"{clip}\t{text}\n" for clip, text in skip.items()))
+        text = "".join(f"{clip}\t{text}\n" for clip, text in skip.items())
+        if not skip_file.exists() or read_text(skip_file) != text:     # else boxes are made anew
+            write_text(skip_file, text)
         print(f"annotations/skip.txt: {len(skip)} training clips that training now leaves out")
     else:
         skip_file.unlink(missing_ok=True)
@@ -1275,11 +1285,12 @@ def link_picture(path, target, done):
 
 
 def path_of(source, name, folder=""):
-    """source/name, else source/folder/name; BadInput when it leads out of `source` (resolved)."""
+    """source/name, else source/folder/name; BadInput when the name leads out of `source`."""
     path = source / name
     if not path.is_file():
         path = source / folder / name
-    if not path.resolve().is_relative_to(source):
+    # Not resolved: a part of a large download may lie on another disk, behind a link.
+    if ".." in path.parts or not path.is_relative_to(source):
         raise BadInput(f"{path} leads out of the folder")
     return path
 
@@ -1532,18 +1543,18 @@ def main(argv=None):
                help=f"{text} [{default}]")
     option("--distractors", choices=("natural", "same"), default="natural",
            help="other products in view: any, or those of the product's category [natural]")
-    option("--processes", type=int, metavar="N", help="processes [all cores]")
+    option("--processes", type=int, metavar="N", help="processes [all cores, at most 16]")
     option = add(check, "what is in a folder and what is wrong with it; status 1 when more than "
                  "1 %% of something is wrong", root=folder)
     option("--decode", action="store_true", help="decode every picture")
-    option("--processes", type=int, metavar="N", help="processes [all cores]")
+    option("--processes", type=int, metavar="N", help="processes [all cores, at most 16]")
     add(link, "put what img2dataset downloaded into frames/ and images/",
         download="img2dataset's output folder", root=folder)
     add(lpr750k, "convert LPR750K, the download of the public RICE code, by links",
         source="folder with annotations/, training_image/, query/, gallery/", root=folder)
     option = add(movingfashion, "convert MovingFashion (needs the program ffmpeg)",
                  source="folder with train.json, test.json, videos/, imgs/", root=folder)
-    option("--processes", type=int, metavar="N", help="processes [all cores]")
+    option("--processes", type=int, metavar="N", help="processes [all cores, at most 16]")
     args = vars(parser.parse_args(argv))
     wrong = run_command(functools.partial(args.pop("command"), **args))
     sys.exit(1 if wrong is True else 0)

@@ -345,19 +345,22 @@ class SD(nn.Module):
     def features(self, images, padding_mask):
         """-> hidden_states [L,B,N,C], boxes [L,B,N,4], memory and pos_embed [B,S,C], padding_mask
         [B,S]."""
-        # A missing frame is all padding. It counts as unpadded: a softmax needs a key.
-        padding_mask = padding_mask & ~padding_mask.flatten(1).all(1)[:, None, None]
-        feature_map = self.backbone[0](images)
+        feature_map = self.backbone[0](images)  # [B,channels,h,w]
+        # A missing frame is all padding. It counts as unpadded, since a softmax over no token at
+        # all is not a number.
+        missing = padding_mask.flatten(1).all(1)[:, None, None]  # [B,1,1]
+        pixel_mask = (padding_mask & ~missing).float()  # [B,H,W]
         size = feature_map.shape[-2:]
-        padding_mask = F.interpolate(padding_mask[:, None].float(), size)[:, 0].bool()
-        pos_embed = position_embedding_2d(padding_mask, self.input_proj.out_channels).flatten(1, 2)
-        tokens, padding_mask = self.input_proj(feature_map).flatten(2).mT, padding_mask.flatten(1)
-        memory = self.transformer["encoder"](tokens, pos_embed, padding_mask)
-        anchors = self.refpoint_embed.weight.sigmoid().expand(len(images), -1, -1)
+        cell_mask = F.interpolate(pixel_mask[:, None], size)[:, 0].bool()  # [B,h,w]
+        pos_embed = position_embedding_2d(cell_mask, self.input_proj.out_channels)  # [B,h,w,C]
+        pos_embed, token_mask = pos_embed.flatten(1, 2), cell_mask.flatten(1)  # [B,S,C], [B,S]
+        tokens = self.input_proj(feature_map).flatten(2).mT  # [B,S,C]
+        memory = self.transformer["encoder"](tokens, pos_embed, token_mask)  # [B,S,C]
+        anchors = self.refpoint_embed.weight.sigmoid().expand(len(images), -1, -1)  # [B,N,4]
         hidden_states, references = self.transformer["decoder"](
-            anchors, memory, pos_embed, padding_mask)
+            anchors, memory, pos_embed, token_mask)  # [L,B,N,C], [L,B,N,4]
         boxes = (self.bbox_embed(hidden_states) + inverse_sigmoid(references)).sigmoid()
-        return hidden_states, boxes, memory, pos_embed, padding_mask
+        return hidden_states, boxes, memory, pos_embed, token_mask
 
     def forward(self, images, padding_mask):
         hidden_states, boxes, *_ = self.features(images, padding_mask)  # [L,B,N,C], [L,B,N,4]
@@ -395,6 +398,7 @@ def attend_near_the_anchor(decoder, heads, gain=2.0):
     positions by 1 at first.
     """
     half, pairs_per_head = decoder.dim // 2, decoder.dim // heads // 4
+    # Channels of a head: its pairs for y, then its pairs for x, sine and cosine of each.
     token_pair = [round(p * math.log(10000, 20)) for p in range(half // 2)]
     usable = [p for p in range(half // 2) if token_pair[p] < half // 2][:6]   # the shortest waves
     query, key = torch.zeros(decoder.dim, decoder.dim), torch.zeros(decoder.dim, decoder.dim)
@@ -481,22 +485,28 @@ class MD(nn.Module):
 
     def __init__(self, sd, steps=(80, 50, 30)):
         super().__init__()
-        self.sd, self.steps = sd.requires_grad_(False).eval(), tuple(steps)
+        self.sd, self.steps = sd.requires_grad_(False), tuple(steps)
         layer, classes = sd.transformer["decoder"].layers[0], sd.class_embed.out_features
         self.ttm = nn.ModuleList(
             TTMStep(classes, sd.class_embed.in_features, layer.heads, layer.linear1.out_features)
             for _ in steps)
 
+    def train(self, mode=True):
+        """SD stays in evaluation mode."""
+        super().train(mode)
+        self.sd.eval()
+        return self
+
     def run_sd(self, frames, padding_mask):
         """SD on each frame -> queries [B,T,N,C], logits [B,T,N,K], boxes [B,T,N,4], and memory and
         pos_embed [B*T,S,C], padding_mask [B*T,S]."""
         with torch.no_grad():
-            hidden_states, boxes, memory, pos_embed, padding_mask = self.sd.features(
+            hidden_states, boxes, memory, pos_embed, token_mask = self.sd.features(
                 frames.flatten(0, 1), padding_mask.flatten(0, 1))
-            logits = self.sd.class_embed(hidden_states[-1])
+            logits = self.sd.class_embed(hidden_states[-1])  # [B*T,N,K]
         queries, logits, boxes = (x.unflatten(0, frames.shape[:2])
                                   for x in (hidden_states[-1], logits, boxes[-1]))
-        return queries, logits, boxes, memory, pos_embed, padding_mask
+        return queries, logits, boxes, memory, pos_embed, token_mask
 
     def run_ttm(self, queries, logits, boxes, memory, pos_embed, padding_mask, valid):
         """The TTM on what run_sd gave -> logits [B,T,k,K] and boxes [B,T,k,4] of each step."""
@@ -638,10 +648,10 @@ def match(logits, boxes, labels, targets):
 # ---- loss
 
 
-def num_boxes_per_rank(count):
-    """What the sum of a loss on this process is divided by: the boxes of all processes, at least 1,
-    over the number of processes. DDP averages gradients over processes, so that the step is that
-    of the sum over all processes / the boxes of all processes."""
+def loss_divisor(count):
+    """What the sum of a loss over the boxes of this process is divided by: the boxes of all W
+    processes (at least 1) / W. DDP averages the gradients over W processes, so together the loss
+    is the sum over all boxes / the number of all boxes."""
     total = count.detach().float().clone()
     if not dist.is_initialized():
         return total.clamp(min=1)
@@ -671,7 +681,7 @@ def detection_loss(logits, boxes, labels, targets, valid=None):
     l1 = (predicted - targets).abs().sum(-1)                             # [L,B,M]
     giou_loss = 1 - generalized_iou(box_convert(predicted, "cxcywh", "xyxy"),
                                     box_convert(targets, "cxcywh", "xyxy"))
-    num_boxes = num_boxes_per_rank((labels >= 0).sum())
+    num_boxes = loss_divisor((labels >= 0).sum())
     per_layer = {"class": focal.sum((1, 2, 3)) / num_boxes,
                  "l1": (l1 * matched).sum((1, 2)) / num_boxes,
                  "giou": (giou_loss * matched).sum((1, 2)) / num_boxes}

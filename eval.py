@@ -10,6 +10,7 @@ token, P patches, R tokens of a clip. Boxes are xyxy in the pixels of the annota
 """
 import contextlib
 import datetime
+import functools
 import glob
 import hashlib
 import itertools
@@ -55,11 +56,16 @@ def box_iou_rows(a, b):
     return overlap / np.maximum(areas - overlap, 1e-9)
 
 
-def rank_in_image(detections):
+def pack(side, categories):
+    """One number for image and category; categories are -1 .. categories - 1."""
+    return side["image"] * (categories + 1) + side["category"] + 1
+
+
+def rank_by_score(detections):
     """The place of each detection by score in its image and category, from 0."""
     image, category = detections["image"], detections["category"]
     order = np.lexsort((-detections["score"], category, image))
-    key = image[order] * (category.max(initial=0) + 2) + category[order]
+    key = pack(detections, category.max(initial=-1) + 1)[order]
     rank = np.empty(len(order), int)
     rank[order] = np.arange(len(order)) - np.searchsorted(key, key)
     return rank
@@ -71,9 +77,8 @@ def coco_match(truth, detections):
     COCO's rule: in each image and category the detection of the highest score takes the free true
     box of the greatest IoU (of equal ones the last), then the second, and so on.
     """
-    categories = 2 + max(truth["category"].max(), detections["category"].max(initial=-1))
-    truth_key = truth["image"] * categories + truth["category"] + 1
-    detection_key = detections["image"] * categories + detections["category"] + 1
+    categories = 1 + max(truth["category"].max(), detections["category"].max(initial=-1))
+    truth_key, detection_key = pack(truth, categories), pack(detections, categories)
 
     # All pairs of a detection and a true box of the same image and category.
     by_key = np.argsort(truth_key, kind="stable")
@@ -86,7 +91,7 @@ def coco_match(truth, detections):
     iou = box_iou_rows(detections["box_xyxy"][pair_detection], truth["box_xyxy"][pair_truth])
 
     # The pairs of the best detection of every image and category, then of the second best, ...
-    rank = rank_in_image(detections)
+    rank = rank_by_score(detections)
     order = np.lexsort((-pair_truth, -iou, pair_detection, rank[pair_detection]))
     pair_detection, pair_truth, iou = pair_detection[order], pair_truth[order], iou[order]
     ranks = np.arange(rank.max(initial=-1) + 2)
@@ -128,7 +133,7 @@ def average_precision(truth, detections):
     if not len(truth["image"]):
         raise ValueError("average_precision: no true box")
     truth, detections = take(truth, slice(None)), take(detections, slice(None))
-    detections = take(detections, rank_in_image(detections) < 100)   # COCO counts no more
+    detections = take(detections, rank_by_score(detections) < 100)   # COCO counts no more
     return mean_precision(truth, detections, coco_match(truth, detections))
 
 
@@ -253,36 +258,38 @@ def print_notes(lives):
 
 # ---- predicting boxes
 
-# MD - (T = 1) is what the other frames give; (T = 1) - SD what more layers and training give.
+# The gain of MD over MD with T = 1 comes from the other frames; that of MD with T = 1 over SD from
+# more layers and more training.
 METHODS = {"sd": "SD", "md_t1": "MD, T = 1", "md": "MD"}
 
 
-def run_methods(model, frames, padding_mask, valid):
+def run_methods(model, frames, padding_mask, valid, with_t1):
     """{method: (logits [B,T,N,K], boxes_cxcywh [B,T,N,4])} of a batch: "sd", and of MD also "md"
-    and "md_t1", the same MD that sees each frame as a clip of its own."""
+    and, with_t1, "md_t1", the same MD that sees each frame as a clip of its own."""
     if isinstance(model, detect.SD):
         logits, boxes = model(frames.flatten(0, 1), padding_mask.flatten(0, 1))
         return {"sd": (logits[-1].unflatten(0, valid.shape), boxes[-1].unflatten(0, valid.shape))}
     queries, logits, boxes, *memory = model.run_sd(frames, padding_mask)
     answers = {"sd": (logits, boxes)}
-    alone = [x.flatten(0, 1)[:, None] for x in (queries, logits, boxes)]
-    each_frame = torch.ones(valid.numel(), 1, dtype=torch.bool, device=valid.device)
-    all_logits, all_boxes = model.run_ttm(*alone, *memory, each_frame)
-    answers["md_t1"] = [last.unflatten(0, valid.shape)[:, :, 0]          # [B,T,k,.]
-                        for last in (all_logits[-1], all_boxes[-1])]
+    if with_t1:
+        alone = [x.flatten(0, 1)[:, None] for x in (queries, logits, boxes)]
+        each_frame = torch.ones(valid.numel(), 1, dtype=torch.bool, device=valid.device)
+        all_logits, all_boxes = model.run_ttm(*alone, *memory, each_frame)
+        answers["md_t1"] = [last.unflatten(0, valid.shape)[:, :, 0]      # [B,T,k,.]
+                            for last in (all_logits[-1], all_boxes[-1])]
     all_logits, all_boxes = model.run_ttm(queries, logits, boxes, *memory, valid)
     answers["md"] = all_logits[-1], all_boxes[-1]
     return answers
 
 
 @torch.no_grad()
-def boxes_of_batch(model, batch, device, bf16=False):
+def boxes_of_batch(model, batch, device, bf16=False, with_t1=False):
     """Rows of a batch: clip, frame, and for each method x1 y1 x2 y2 score class. A frame that
     cannot be read has the score -1; its true boxes still count."""
     valid, padding_mask = batch["valid"].to(device), batch["padding_mask"].to(device)
     frames = data.normalize(batch["frames"].to(device), data.IMAGENET, padding_mask)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        answers = run_methods(model, frames, padding_mask, valid)
+        answers = run_methods(model, frames, padding_mask, valid, with_t1)
     there = batch["frame_index"] >= 0
     fields = [("clip", "i4"), ("frame", "i4"), *((method, "f4", 6) for method in answers)]
     rows = np.zeros(int(there.sum()), fields)
@@ -297,12 +304,13 @@ def boxes_of_batch(model, batch, device, bf16=False):
     return rows
 
 
-def stamp_of_files(root):
-    """A short text that changes with the annotation files and the entries of frames/."""
-    root = Path(root)
-    frames, annotations = root / "frames", root.glob("annotations/[!.]*")
-    entries = os.scandir(frames) if frames.is_dir() else ()         # glob would hold all in memory
-    sources = [frames, *(Path(entry.path) for entry in entries if entry.is_dir()), *annotations]
+def stamp_of_files(root, split):
+    """A short text that changes with a split's annotation files and the entries of frames/."""
+    root, names = Path(root), ("training_", "skip.txt") if split == "train" else (f"{split}_",)
+    sources = [path for path in root.glob("annotations/*") if path.name.startswith(names)]
+    sources.append(root / "frames")
+    if sources[-1].is_dir():                       # glob would hold all entries in memory
+        sources += [Path(entry) for entry in os.scandir(sources[-1]) if entry.is_dir()]
     changes = sorted((path.name, path.stat().st_mtime_ns) for path in sources if path.exists())
     return hashlib.sha256(repr((str(root.resolve()), changes)).encode()).hexdigest()[:16]
 
@@ -312,8 +320,10 @@ def predict_boxes(checkpoint, lives, folder, device, every_frame=True, model=Non
     mapped from FOLDER/boxes-*.npy, which serves again while the detector, the annotation files
     and the entries of frames/ stay the same. every_frame=False: `frames` even ones of each clip."""
     config = checkpoint["config"]
-    key = (fingerprint(checkpoint), lives.split, every_frame, stamp_of_files(lives.root),
-           hashlib.sha256(lives.lengths.tobytes()).digest(), config.short_side, config.long_side)
+    files = stamp_of_files(lives.root, lives.split)
+    lengths = hashlib.sha256(lives.lengths.tobytes()).digest()
+    key = (fingerprint(checkpoint), lives.split, every_frame, files, lengths, config.short_side,
+           config.long_side)
     key = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     if not os.access(folder, os.W_OK):
         folder = all_gather_object(tempfile.mkdtemp() if is_main_process() else None)[0]
@@ -352,7 +362,8 @@ def _predict_parts(model, checkpoint, lives, folder, device, every_frame):
     loader = data.make_loader(dataset, batches, config.workers, device, data.collate_detection)
     batches, bf16 = iter(loader), config.precision == "bf16"
     for name in progress_bar(mine, f"detect {lives.split}", is_main_process(), unit="part"):
-        rows = [boxes_of_batch(model, next(batches), device, bf16) for _ in batches_of(name)]
+        rows = [boxes_of_batch(model, next(batches), device, bf16, every_frame)
+                for _ in batches_of(name)]
         with data.atomic_write(name) as temporary, open(temporary, "wb") as file:
             np.save(file, np.concatenate(rows) if rows else np.zeros(0))
     # No collective: others may need hours more. Once all are joined, the parts are gone.
@@ -469,6 +480,11 @@ REMARKS = {
 SCORES = {"icl": "ICL", "pmd": "PMD", "fused": "ICL + PMD"}
 
 
+def read_photo(photos, name):
+    """A photo of {name: path}."""
+    return data.read_picture(photos[name])
+
+
 class Embedder:
     """A trained RICE with all it needs to embed clips and shop images."""
 
@@ -501,13 +517,14 @@ class Embedder:
     def embed_photos(self, photos, titles, tokens=True):
         """Photos {name: path} -> names, embedding, tokens of those that can be read. Prints the
         others; BadInput when none can be read."""
-        image, image_tokens, readable = self.embed_images(
-            lambda name: data.read_picture(photos[name]), titles, list(photos), tokens)
+        read = functools.partial(read_photo, photos)
+        image, image_tokens, readable = self.embed_images(read, titles, list(photos), tokens)
         names = [name for name, good in zip(photos, readable.tolist()) if good]
-        for name in photos.keys() - names:
-            print(f"{photos[name]}: left out, it is not a whole picture")
+        for name, good in zip(photos, readable.tolist()):
+            if not good:
+                print(f"{photos[name]}: left out, it is not a whole picture")
         if not names:
-            raise BadInput(f"{photos[name]}: not a whole picture, as all others there")
+            raise BadInput(f"none of the {len(photos)} photos is a whole picture")
         return names, image[readable], image_tokens[readable]
 
     def embed_clips(self, lives, clips, boxes):
@@ -547,7 +564,7 @@ def rank_live(embedder, lives, live, clips, sources):
     untitled = not titles and bool(lives.titles)
     image, image_tokens, readable = embedder.embed_images(lives.image, titles, ids)
     positive = np.array([np.isin(ids, lives.positives.get(lives.video_ids[q], [])) for q in clips])
-    ranked = {"clips": clips, "ids": ids, "positive": positive, "similarity": {},
+    ranked = {"clips": clips, "ids": ids, "positive": positive, "similarity": {}, "missing": 0,
               "missing images": int((~readable).sum()), "untitled": untitled}
     for source, boxes in sources.items():
         clip, tokens, padding_mask, valid = embedder.embed_clips(lives, clips, boxes)
@@ -559,7 +576,7 @@ def rank_live(embedder, lives, live, clips, sources):
             score = score.masked_fill(~readable, math.inf).cpu().numpy()
             scores[name] = np.where(blind, np.nan, score)
         ranked["similarity"][source] = scores
-        ranked["missing"] = int((~valid).sum())
+        ranked["missing"] = max(ranked["missing"], int((~valid).sum()))
     return ranked
 
 
@@ -613,7 +630,7 @@ def table_2(checkpoint, lives, folder, device, model=None, own_source=False):
 
 
 def show(result, markdown=False):
-    """Print Table 1 or 2 beside the paper's rows, and what one must know to read it."""
+    """Print Table 1 or 2 beside the paper's rows, and remarks on what was missing."""
     counts, of_rice, rows = result["counts"], result["stage"] == "rice", []
     title = ("Table 1, one box a frame ({clips} clips, {frames} frames, {boxes} boxes, missing="
              "{missing}); AP50 from the fourth column on")
@@ -623,12 +640,15 @@ def show(result, markdown=False):
                  "{missing images})")
     print(f"\n{title.format(**counts)}\n")
     names = SCORES | {"pmd": f"PMD on the first {result['config'].get('rerank')}"}
-    for one, group in result["results"].items():
-        for other, columns in group.items():
-            name = f"{SOURCES[one]}, {names[other]}" if of_rice else f"{METHODS[one]}, {other}"
+    header = COLUMNS_1
+    for source_or_method, group in result["results"].items():
+        for score_or_kind, columns in group.items():
+            name = f"{METHODS.get(source_or_method)}, {score_or_kind}"
+            if of_rice:
+                name, header = f"{SOURCES[source_or_method]}, {names[score_or_kind]}", columns
             rows.append((name, *columns.values()))
     rows += [("chance of R1", counts["chance"]), *PAPER_2] if of_rice else PAPER_1
-    print(table(("", *(columns if of_rice else COLUMNS_1)), rows, markdown))
+    print(table(("", *header), rows, markdown))
     for name, text in REMARKS.items():
         if counts.get(name):
             print(text.format(counts[name]))
@@ -660,7 +680,7 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, rerank=N
     result = {"stage": config.stage, "data": str(lives.root), "split": lives.split,
               "step": checkpoint["step"], "counts": counts, "results": results,
               "config": vars(config), "versions": checkpoint["versions"],
-              "files": stamp_of_files(lives.root),
+              "files": stamp_of_files(lives.root, lives.split),
               "left out of training": checkpoint["left_out"]}
     return result, Namespace(lives=lives, found=found, source=counts.get("source"),
                              categories=checkpoint["categories"])
@@ -675,6 +695,7 @@ def validate(model, checkpoint, folder, device):
         return {"R1": results[config.box_source]["icl"]["R1"]}
     rows = predict_boxes(checkpoint, lives, folder, device, False, model)
     results, _ = table_1(rows, lives, checkpoint["categories"])
+    barrier()                                # all processes have read them
     if is_main_process():
         Path(rows.filename).unlink()         # they are of this step alone
     return {"AP50": results[config.stage]["class-agnostic"]["AP50"]}
@@ -830,6 +851,7 @@ def errors_of(look):
     """How wrong a model is on each clip [Q]: rank of the first true image, or true boxes missed."""
     wrong, rows = np.zeros(len(look.lives), int), look.found
     if look.source:
+        wrong[:] = 1000                         # without a gallery
         for live in rows.values():
             score = list(live["similarity"][look.source].values())[-1]
             wrong[live["clips"]] = rank_of_first_positive(score, live["positive"]).clip(max=1000)
@@ -937,12 +959,11 @@ def recognise(path, args):
     said, titles = tab_rows(args.asr, r"\d+\.?\d*"), dict(tab_rows(args.titles, ".*?"))
     photos = {path.relative_to(args.shop).as_posix(): path for path in picture_paths(args.shop)}
     titles = {name: titles.get(name, titles.get(Path(name).stem, "")) for name in photos}
-    def read(name):
-        return data.read_picture(photos[name])
     if args.titles:
         count = sum(map(bool, titles.values()))
         print(f"{args.titles}: {count} of {len(photos)} photos have a title")
-    config.workers, start, heard, sheet = 0, 0.0, 0, {}
+    config.workers = 0                         # a window is too little work for loader processes
+    start, heard, sheet = 0.0, 0, {}
     embedder, model = Embedder(checkpoint, device), detector and load_model(detector, device)
     names, image, image_tokens = embedder.embed_photos(photos, titles)
     stream = live_frames(args.live, args.every)
@@ -961,7 +982,7 @@ def recognise(path, args):
                 item = data.FrameDataset(window, detector["categories"], len(frames), *sides)[0, 0]
                 rows = boxes_of_batch(model, data.collate_detection([item]), device)
                 boxes = boxes_by_clip(rows, rows.dtype.names[-1], 1)
-                found = boxes.box[:, :5].round(2).tolist()
+                found = boxes.box[:, :5].astype(float).round(2).tolist()
             clip, tokens, padding_mask, _ = embedder.embed_clips(window, [0], boxes)
             scores = embedder.similarity(clip, image, tokens, image_tokens, padding_mask)
             score = list(scores.values())[-1][0].tolist()         # -inf: the PMD has not seen it
@@ -973,7 +994,8 @@ def recognise(path, args):
             best, value = top[0]
             print(f"{' - '.join(clock)}  {value:6.2f}  {best}  {titles[best]}", flush=True)
             shop = [(name, f"{value:.1f} {titles[name] or name}", "gray") for name, value in top]
-            sheet[best] = ranking_row(window, window.clip(0), f"{clock[0]} {asr}", shop, read)
+            sheet[best] = ranking_row(window, window.clip(0), f"{clock[0]} {asr}", shop,
+                                      functools.partial(read_photo, photos))
             start, frames = end, list(itertools.islice(stream, args.window))
     if said:
         print(f"{args.asr}: {heard} of {len(said)} rows were said in this live")
@@ -1002,6 +1024,8 @@ def run(args):
     paths = paths or newest_checkpoints()
     if args.live:
         return recognise(paths[-1], args)
+    if args.rerank is not None and args.rerank < 10:
+        raise BadInput(f"--rerank {args.rerank}: expected 10 or more, for R10")
     if args.duplicates is not None:
         return duplicates(paths[-1], args.data, args.duplicates, args.out)
     settings = args.data, args.split, args.out, args.workers, args.rerank

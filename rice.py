@@ -426,7 +426,9 @@ class RICE(nn.Module):
     def patch_reconstruction_loss(self, weights, clip_tokens, image_tokens, padding_mask):
         """PFR on the patches alone; class tokens and texts are left out on both sides.
         weights [B,heads,1+P+1,R], clip_tokens [B,R,C], image_tokens [B,1+P+1,C]."""
-        P, (heads, width) = self.visual.grid ** 2, (weights.shape[1], clip_tokens.shape[-1])
+        P = self.visual.grid ** 2
+        heads, width = weights.shape[1], clip_tokens.shape[-1]
+        # Of a clip's tokens the last, the text, is dropped, then the first of each frame.
         weights = weights[:, :, 1:1 + P, :-1].unflatten(-1, (-1, 1 + P))[..., 1:].flatten(-2)
         padding_mask = padding_mask[:, :-1].unflatten(1, (-1, 1 + P))[..., 1:].flatten(1)
         clip_patches = clip_tokens[:, :-1].unflatten(1, (-1, 1 + P))[:, :, 1:].flatten(1, 2)

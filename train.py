@@ -107,7 +107,7 @@ class Config:
     n_neg: int = config_field(3, "negative clips of an image in the PMD")
     negatives: str = config_field("hard", "negatives drawn by ICL similarity, or evenly",
                                   ("hard", "rand"))
-    rerank: int = config_field(20, "first images that the PMD scores in evaluation")
+    rerank: int = config_field(20, "first images that the PMD scores in evaluation, 10 or more")
 
 
 PRESETS = {
@@ -117,14 +117,14 @@ PRESETS = {
                  "adam_eps": 1e-6, "clip_norm": 1e9, "warmup": 500, "schedule": "cosine",
                  "decay_start": 0.0, "precision": "bf16"}},
     "tiny": {
-        "all": {"workers": 2, "save_every": 100, "log_every": 20, "frames": 8, "init": "none",
+        "all": {"workers": 0, "save_every": 100, "log_every": 20, "frames": 8, "init": "none",
                 "short_side": [80, 80, 16], "long_side": 176, "schedule": "cosine",
                 "decay_start": 0.5, "clip_norm": 1.0, "backbone": "small", "dim": 128, "heads": 4,
                 "encoder_layers": 1, "decoder_layers": 3, "ffn": 256, "queries": 16,
                 "ttm_topk": [12, 8, 4]},
-        "sd": {"steps": 900, "batch": 32, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 50},
-        "md": {"steps": 500, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
-        "rice": {"steps": 400, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30,
+        "sd": {"steps": 760, "batch": 32, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 50},
+        "md": {"steps": 430, "batch": 8, "lr": 5e-4, "backbone_lr": 5e-4, "warmup": 20},
+        "rice": {"steps": 390, "batch": 48, "lr": 1e-3, "backbone_lr": 1e-3, "warmup": 30,
                  "decay_start": 0.1, "weight_decay": 0.05, "clip_norm": 5.0, "train_frames": 3,
                  "per_live": 24, "vit_width": 128, "vit_layers": 2, "vit_heads": 4, "vit_patch": 0,
                  "image_size": 64, "crop": 1.0, "embedding": 128, "text_length": 24,
@@ -132,8 +132,9 @@ PRESETS = {
 OVERFIT = {"sd": {"steps": 200, "batch": 16}, "md": {"steps": 80, "batch": 8},
            "rice": {"steps": 60, "batch": 8}}
 SD_FIELDS = {"queries", "dim", "heads", "encoder_layers", "decoder_layers", "ffn", "backbone"}
-MAY_BE_0 = {"overfit", "seed", "workers", "eval_every", "steps", "warmup", "vit_patch"}
-# None of these changes the weights.
+LEAST = {"overfit": 0, "seed": 0, "workers": 0, "eval_every": 0, "steps": 0, "warmup": 0,
+         "vit_patch": 0, "decoder_layers": 2, "rerank": 10}      # other whole numbers: 1
+# None of these changes what a run that goes on computes; --init counts at its start alone.
 MAY_CHANGE_ON_RESUME = {"workers", "save_every", "log_every", "eval_every", "out", "detector_dir",
                         "init", "rerank"}
 
@@ -147,7 +148,7 @@ def configure(given, stage):
     config.detector_dir = config.detector_dir or config.out
     for item in dataclasses.fields(Config):
         value = getattr(config, item.name)
-        least = int(isinstance(value, int) and item.name not in MAY_BE_0)
+        least = LEAST.get(item.name, 1) if isinstance(value, int) else 0
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise BadInput(f"{flag_of(item.name)} {value}: expected {least} or more")
     if not 0 < config.crop <= 1:
@@ -157,7 +158,8 @@ def configure(given, stage):
         if not range(lowest, highest + 1, step):
             raise ValueError("none between lowest and highest")
     sizes = "--vit-width, --vit-heads, --vit-patch, --image-size" if stage == "rice" else "--dim"
-    with data.expecting(f"{sizes}: do not fit together"), torch.device("meta"):   # no memory
+    # Building the model raises where sizes do not fit. On "meta" it takes no memory.
+    with data.expecting(f"{sizes}: do not fit together"), torch.device("meta"):
         evaluation.build_model(config, 1, 600)
     return config
 
@@ -346,9 +348,9 @@ def train(config, rank, world, device):
         optimizer.step()
         bar.update(config.batch)
 
-        log_now, save_now, evaluate_now = (
-            every and ((step + 1) % every == 0 or step + 1 == config.steps)
-            for every in (config.log_every, config.save_every, config.eval_every))
+        log_now = is_due(config.log_every, step, config)
+        save_now = is_due(config.save_every, step, config)
+        evaluate_now = is_due(config.eval_every, step, config)
         if log_now or save_now or evaluate_now:
             # Reduced over all processes, so that all of them stop at the same step.
             values = reduce_metrics({"loss": loss, **terms, "norm": norm}, world)
@@ -371,6 +373,11 @@ def train(config, rank, world, device):
     bar.close()
     evaluation.barrier()        # torchrun ends all processes when one ends; rank 0 has saved now
     return True
+
+
+def is_due(every, step, config):
+    """Whether something is done after this step: every so many, and after the last; 0: never."""
+    return every > 0 and ((step + 1) % every == 0 or step + 1 == config.steps)
 
 
 def reduce_metrics(values, world):
@@ -460,7 +467,8 @@ def init_or_resume(model, config, saved, extras, path, device):
         lines = log.read_text().splitlines(True) if start and log.exists() else []
         lines = [l for l in lines if l.endswith("\n") and json.loads(l)["step"] <= start]
         data.write_text(log, "".join(lines))
-        print(line, end="\n" * bool(line))
+        if line:
+            print(line)
     return optimizer, start, saved["best"] if saved else -1.0
 
 
@@ -556,7 +564,8 @@ def run(given):
     for config in configs:
         trained, file = train(config, rank, world, device), f"{config.out}/{config.stage}.pt"
         result = results.get(config.stage)
-        if not trained and result and result["files"] == evaluation.stamp_of_files(root):
+        if not trained and result and (
+                result["files"] == evaluation.stamp_of_files(root, result["split"])):
             if rank == 0:
                 print(f"{config.stage}: done before ({file})")
                 evaluation.show(result)
