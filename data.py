@@ -103,11 +103,16 @@ def run_command(command, *arguments):
             if isinstance(error, RuntimeError) and not cures:
                 raise
             line = "; ".join([text.splitlines()[0], *cures[:1]])
-        print(f"\nerror: {line.removeprefix('data.BadInput: ')}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {line.removeprefix('data.BadInput: ')}", 2)
     except KeyboardInterrupt:
-        print("\nstopped; training and box prediction go on from what they saved", file=sys.stderr)
-        sys.exit(130)
+        _end("stopped; training and box prediction go on from what they saved", 130)
+
+
+def _end(line, status):
+    """Print a last line and exit. What loader processes raise at their end says nothing new."""
+    print(f"\n{line}", file=sys.stderr)
+    sys.unraisablehook = lambda _: None
+    sys.exit(status)
 
 
 @contextlib.contextmanager
