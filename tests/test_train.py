@@ -334,7 +334,7 @@ def test_a_prediction_that_was_stopped_goes_on(run_one, livestreams, tmp_path, m
     assert predict.call_count == 3                                 # the first part was kept
     expected = evaluation.predict_boxes(checkpoint, lives, whole, CPU)
     assert rows.dtype.names == ("clip", "frame", "sd", "md_t1", "md") and len(rows) == 32
-    assert rows.tobytes() == expected.tobytes()
+    assert isinstance(rows, np.memmap) and rows.tobytes() == expected.tobytes()
     evaluation.predict_boxes(checkpoint, lives, cut, CPU)          # found again
     assert predict.call_count == 5 and len(list(cut.iterdir())) == 1
 
