@@ -1290,12 +1290,12 @@ def link_picture(path, target, done):
 
 
 def path_of(source, name, folder=""):
-    """source/name, else source/folder/name; BadInput when the name leads out of `source`."""
+    """source/name, else source/folder/name; BadInput when it leads out of `source`, which is
+    resolved, by its name or by a link."""
     path = source / name
     if not path.is_file():
         path = source / folder / name
-    # Not resolved: a part of a large download may lie on another disk, behind a link.
-    if ".." in path.parts or not path.is_relative_to(source):
+    if not path.resolve().is_relative_to(source):
         raise BadInput(f"{path} leads out of the folder")
     return path
 

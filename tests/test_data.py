@@ -480,10 +480,14 @@ def test_lpr750k_becomes_the_layout(tmp_path, capsys):
     assert (root / f"frames/{clips[0]}/{clips[0]}-0.jpg").samefile(source / paths[0])
     assert test.clip(0).image_ids == images[1:2] and test.galleries == {live: images[1:]}
     assert test.frame(test.clip(0).frame_ids[11])[1] == (64, 48) and len(test.galleries[live]) == 2
-    rows[0][1] = str(["../../secret-1.jpg"])
-    (source / "annotations/training_videoinfo_641821.txt").write_text("\t".join(rows[0]))
-    with pytest.raises(data.BadInput, match="leads out of the folder; 1 of 1 rows"):
-        data.lpr750k(source, root)
+    (tmp_path / "secret-1.jpg").write_bytes((source / paths[0]).read_bytes())
+    (source / "query/link-1.jpg").symlink_to(tmp_path / "secret-1.jpg")
+    path = source / "annotations/training_videoinfo_641821.txt"
+    for outside in ("../secret-1.jpg", "query/link-1.jpg"):
+        rows[0][1] = str([outside])
+        path.write_text("\t".join(rows[0]))
+        with pytest.raises(data.BadInput, match="leads out of the folder; 1 of 1 rows"):
+            data.lpr750k(source, root)
 
 
 def test_whole_pictures_are_cut_to_a_share_of_their_side(livestreams):
