@@ -305,6 +305,10 @@ class LPRSplit:
                 self.notes.append(note)
         self.categories, self.index = dict(sorted(categories.items())), np.concatenate(parts)
         self.file = np.repeat(np.arange(len(parts)) - 1, list(map(len, parts)))
+        repeated = len(self.index) - len(np.unique(self.index["video"]))
+        if repeated:
+            self.notes.append(f"{self.annotations}: {repeated} training rows have the video_id of "
+                              "a row before them: is a file there twice?")
         keep, skip_file = np.full(len(self.index), True), self.annotations / "skip.txt"
         if heed_skip and skip_file.exists():
             lines = read_text(skip_file).splitlines()
@@ -1434,18 +1438,20 @@ def _image_id_of_750k(name):
 
 def need_ffmpeg(path):
     if not shutil.which("ffmpeg"):
-        raise BadInput(f"{path}: a video needs the program ffmpeg, 5.1 or newer "
-                       "(apt install ffmpeg)")
+        raise BadInput(f"{path}: a video needs the program ffmpeg (apt install ffmpeg)")
 
 
 def video_frames(path, every):
     """The frames of a video at seconds 0, every, 2 every, ...: uint8 [3,H,W] each. The program
     ffmpeg makes them; it may read local files only."""
     need_ffmpeg(path)
-    select = f"setpts=PTS-STARTPTS,select=gte(t\\,selected_n*{every})"
-    command = ["ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe",
-               "-i", f"file:{path}", "-vf", select, "-fps_mode", "passthrough",
-               "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "-"]
+    # The chosen frames count as one every 1/25 s, or ffmpeg would repeat and drop some. It reads
+    # the sound too, into nothing: it tells of some cut files only there.
+    select = f"setpts=PTS-STARTPTS,select=gte(t\\,selected_n*{every}),settb=1/25,setpts=N"
+    command = ["ffmpeg", "-v", "warning", "-nostdin", "-protocol_whitelist", "file,pipe",
+               "-i", f"file:{path}", "-vf", select, "-r", "25", "-pix_fmt", "rgb24",
+               "-c:v", "ppm", "-f", "image2pipe", "-",
+               "-map", "0:v:0", "-map", "0:a?", "-c", "copy", "-f", "null", "-"]
     with tempfile.TemporaryFile() as log, \
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as ffmpeg:
         try:
@@ -1464,9 +1470,11 @@ def video_frames(path, every):
         said = log.read().decode(errors="replace").strip().splitlines()
     if ffmpeg.returncode:
         reason = said[-1] if said else "no reason given"
-        raise BadInput(f"{path}: ffmpeg (5.1 or newer) cannot read it: {reason}")
+        raise BadInput(f"{path}: ffmpeg cannot read it: {reason}")
+    damage = "corrupt|partial file|prematurely|truncated|invalid|error"
+    said = [line for line in said if re.search(damage, line, re.IGNORECASE)]
     if said:
-        print(f"{path}: damaged, as ffmpeg says: {said[-1]}", file=sys.stderr)
+        print(f"{path}: damaged or cut off, as ffmpeg says: {said[-1]}", file=sys.stderr)
 
 
 def movingfashion(source, root, processes=None):

@@ -902,7 +902,14 @@ class Window:
         return data.Clip("live", list(range(len(self.frames))), None, [], "", self.asr)
 
     def frame(self, t):
+        if self.frames[t] is None:
+            raise BadInput(f"{self.root}: a frame that cannot be read")
         return self.frames[t], self.frames[t].shape[:0:-1]
+
+
+def by_number(paths):
+    """Paths in order, numbers in their names in order of value."""
+    return sorted(paths, key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(20), path.as_posix()))
 
 
 def picture_paths(folder):
@@ -921,7 +928,7 @@ def picture_paths(folder):
               f"{left_out.first[reason]}: {reason}")
     if not good:
         raise BadInput(f"{folder}: no picture that can be read (JPEG, PNG or WebP)")
-    return sorted(good, key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(20), path.as_posix()))
+    return by_number(good)
 
 
 def tab_rows(path, key):
@@ -937,22 +944,63 @@ def tab_rows(path, key):
 
 
 def live_frames(source, every):
-    """A frame every `every` seconds of a video, or of a folder with a picture a second."""
+    """A frame every `every` seconds of a video, or of a folder with a picture a second (None: it
+    cannot be read)."""
     if Path(source).is_file():
         yield from data.video_frames(source, every)
         return
-    paths = picture_paths(source)
+    good = picture_paths(source)
+    named = [path for path in Path(source).rglob("*") if path.suffix in data.ENDINGS]
+    paths = by_number({*good, *named})          # one that cannot be read takes a second as well
     for n in np.arange(0, len(paths), every).astype(int):
-        yield data.read_picture(paths[n])
+        try:
+            yield data.read_picture(paths[n])
+        except BadInput as error:
+            print(error)
+            yield None
+
+
+class LiveRanker:
+    """A trained RICE and the detector in its checkpoint, which rank the photos of a shop {name:
+    path} for a Window."""
+
+    def __init__(self, checkpoint, photos, titles):
+        checkpoint["config"].workers = 0    # a window is too little work for loader processes
+        self.embedder, self.detector = Embedder(checkpoint, pick_device()), None
+        if "detector" in checkpoint:
+            self.detector = checkpoint["detector"]
+            self.model = load_model(self.detector, self.embedder.device)
+        self.names, self.image, self.image_tokens = self.embedder.embed_photos(photos, titles)
+
+    def detect(self, window):
+        """A box a frame as data.Boxes, None for a RICE that sees whole frames."""
+        if self.detector is None:
+            return None
+        config, categories = self.detector["config"], self.detector["categories"]
+        dataset = data.FrameDataset(window, categories, len(window.frames), config.short_side,
+                                    config.long_side)
+        batch = data.collate_detection([dataset[0, 0]])
+        rows = boxes_of_batch(self.model, batch, self.embedder.device)
+        return boxes_by_clip(rows, rows.dtype.names[-1], 1)
+
+    def rank(self, window, boxes):
+        """[(photo, score), ...] of those that the PMD has scored, the best first; [] when no frame
+        can be read."""
+        clip, tokens, padding_mask, valid = self.embedder.embed_clips(window, [0], boxes)
+        if not valid.item():
+            return []
+        scores = self.embedder.similarity(clip, self.image, tokens, self.image_tokens, padding_mask)
+        pairs = zip(self.names, list(scores.values())[-1][0].tolist())
+        return sorted((p for p in pairs if p[1] > -math.inf), key=lambda pair: -pair[1])
 
 
 def recognise(path, args):
     """Which product of a shop is on sale when (supplement, 5, 4): each window is ranked against the
     photos. Prints a line a window, writes OUT/answers.jsonl and OUT/answers.png."""
-    checkpoint, device, out = load_checkpoint(path), pick_device(), Path(args.out or "runs/live")
-    config, detector = checkpoint["config"], checkpoint.get("detector")
+    checkpoint, out, sheet = load_checkpoint(path), Path(args.out or "runs/live"), {}
     if min(args.every, args.window, args.top) <= 0:
         raise BadInput("--every, --window, --top: expected more than 0")
+    config = checkpoint["config"]
     if config.stage != "rice" or config.box_source == "true" or not args.shop:
         raise BadInput("--live needs --shop FOLDER and a --ckpt of --stage rice; not one trained "
                        "with --box-source true, for a live has no true boxes")
@@ -962,40 +1010,31 @@ def recognise(path, args):
     if args.titles:
         count = sum(map(bool, titles.values()))
         print(f"{args.titles}: {count} of {len(photos)} photos have a title")
-    config.workers = 0                         # a window is too little work for loader processes
-    start, heard, sheet = 0.0, 0, {}
-    embedder, model = Embedder(checkpoint, device), detector and load_model(detector, device)
-    names, image, image_tokens = embedder.embed_photos(photos, titles)
-    stream = live_frames(args.live, args.every)
+    ranker, stream = LiveRanker(checkpoint, photos, titles), live_frames(args.live, args.every)
     frames = list(itertools.islice(stream, args.window))
     if not frames:
         raise BadInput(f"--live {args.live}: no frame in it")
     out.mkdir(parents=True, exist_ok=True)
+    start, heard = 0.0, 0
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
         while frames:
-            end, boxes, found = start + len(frames) * args.every, None, None
+            end = start + len(frames) * args.every
             texts = [text for second, text in said if start <= float(second) < end]
-            heard, asr = heard + len(texts), " ".join(texts)
-            window = Window(frames, asr)
-            if detector:
-                sides = detector["config"].short_side, detector["config"].long_side
-                item = data.FrameDataset(window, detector["categories"], len(frames), *sides)[0, 0]
-                rows = boxes_of_batch(model, data.collate_detection([item]), device)
-                boxes = boxes_by_clip(rows, rows.dtype.names[-1], 1)
-                found = boxes.box[:, :5].astype(float).round(2).tolist()
-            clip, tokens, padding_mask, _ = embedder.embed_clips(window, [0], boxes)
-            scores = embedder.similarity(clip, image, tokens, image_tokens, padding_mask)
-            score = list(scores.values())[-1][0].tolist()         # -inf: the PMD has not seen it
-            top = sorted(zip(names, score), key=lambda pair: -pair[1])[:args.top]
-            top = [pair for pair in top if pair[1] > -math.inf]
-            answer = {"start": start, "end": end, "asr": asr, "boxes": found, "top": top}
+            heard += len(texts)
+            window = Window(frames, " ".join(texts))
+            boxes = ranker.detect(window)
+            top = ranker.rank(window, boxes)[:args.top]
+            answer = {"start": start, "end": end, "asr": window.asr, "boxes": None, "top": top}
+            if boxes:
+                answer["boxes"] = boxes.box[:, :5].astype(float).round(2).tolist()
             print(json.dumps(answer, ensure_ascii=False), file=file, flush=True)
             clock = [str(datetime.timedelta(seconds=int(second))) for second in (start, end)]
-            best, value = top[0]
-            print(f"{' - '.join(clock)}  {value:6.2f}  {best}  {titles[best]}", flush=True)
+            best, value = top[0] if top else ("no frame can be read", math.nan)
+            print(f"{' - '.join(clock)}  {value:6.2f}  {best}  {titles.get(best, '')}", flush=True)
             shop = [(name, f"{value:.1f} {titles[name] or name}", "gray") for name, value in top]
-            sheet[best] = ranking_row(window, window.clip(0), f"{clock[0]} {asr}", shop,
-                                      functools.partial(read_photo, photos))
+            if best not in sheet:
+                sheet[best] = ranking_row(window, window.clip(0), f"{clock[0]} {window.asr}", shop,
+                                          functools.partial(read_photo, photos))
             start, frames = end, list(itertools.islice(stream, args.window))
     if said:
         print(f"{args.asr}: {heard} of {len(said)} rows were said in this live")

@@ -232,6 +232,8 @@ def test_the_index_is_kept_and_made_again(copy):
     both = data.LPRSplit(copy, "train")
     assert [both.clip(i).video_id for i in range(len(both))] == names[1:] + names[:1]
     assert both.product[-1] == one.product[0] and set(both.live) == set(one.live)
+    annotate(copy, training_videoinfo_third=lines[0])               # the same file twice
+    assert ": 1 training rows have the video_id of a row" in data.LPRSplit(copy, "train").notes[0]
 
 
 PICTURE = Image.fromarray(np.uint8(np.stack([np.full((24, 40), 99), *np.indices((24, 40)) * 4], 2)))
