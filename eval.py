@@ -1093,28 +1093,31 @@ def run(args):
 
 
 def main(argv=None):
-    parser = data.Parser(description="Evaluate checkpoints of train.py: Table 1 for a detector, "
-                                     "Table 2 for RICE.")
-    add = parser.add_argument
-    add("--ckpt", nargs="*", default=[], metavar="FILE", help="checkpoints; several of one stage: "
-        "a row per configuration, mean over seeds [the finished ones of the newest run]")
+    parser = data.Parser(usage="eval.py [--FLAG VALUE ...]", description=(
+        "Evaluate checkpoints of train.py: Table 1 for a detector, Table 2 for RICE."))
+    add = parser.add_argument_group("tables").add_argument
+    add("--ckpt", nargs="*", default=[], metavar="X", help="checkpoints; of several: means "
+        "over seeds [the newest run's]")
     add("--data", metavar="DIR", help="data folder in the LPR4M layout [that of the training]")
     add("--split", default="test", choices=["test", "val"], help="which lives [test]")
-    add("--out", metavar="DIR", help="folder for boxes and answers [the checkpoint's; runs/live]")
+    add("--out", metavar="DIR", help="folder of boxes and answers [the run's; runs/live]")
     add("--markdown", action="store_true", help="print tables as Markdown")
     add("--json", metavar="FILE", help="write every number to this file")
-    add("--rerank", type=int, metavar="N", help="how many first images the PMD scores [as trained]")
-    add("--workers", type=int, metavar="N", help="processes that load pictures [as trained]")
+    add("--rerank", type=int, metavar="N", help="first images that the PMD scores [as trained]")
+    add("--workers", type=int, metavar="N", help="loader processes [as trained]")
+    add = parser.add_argument_group("pictures").add_argument
     add("--pictures", metavar="DIR", help="draw the clips it gets most wrong, and training curves")
     add("--n", type=int, default=20, metavar="N", help="clips on a sheet [20]")
-    add("--compare", metavar="FILE", help="with --pictures: the clips where this one is worse")
-    add("--duplicates", type=float, metavar="COSINE", help="list near-duplicate shop images")
-    add("--live", metavar="PATH", help="recognise a live: a video, or a folder, a frame a second")
-    add("--shop", metavar="DIR", help="the photos that a live is ranked against")
+    add("--compare", metavar="FILE", help="draw where this checkpoint is worse instead")
+    add = parser.add_argument_group("shop images that repeat each other").add_argument
+    add("--duplicates", type=float, metavar="C", help="list those of a higher cosine than this")
+    add = parser.add_argument_group("a live, instead of tables").add_argument
+    add("--live", metavar="PATH", help="a video, or a folder with a frame a second")
+    add("--shop", metavar="DIR", help="the photos that it is ranked against")
     add("--titles", metavar="FILE", help="their titles, rows of photo<TAB>title")
-    add("--asr", metavar="FILE", help="what is said in a live, rows of seconds<TAB>text")
+    add("--asr", metavar="FILE", help="what is said, rows of seconds<TAB>text")
     add("--every", type=float, default=10, metavar="S", help="seconds between frames [10]")
-    add("--window", type=int, default=10, metavar="N", help="frames of a window [10]")
+    add("--window", type=int, default=10, metavar="N", help="frames of an answer [10]")
     add("--top", type=int, default=5, metavar="N", help="photos named in an answer [5]")
     args = parser.parse_args(argv)
     try:

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import textwrap
 import time
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -45,40 +46,37 @@ def config_field(default, text, choices=None, group=None):
 @dataclass
 class Config:
     """All that decides a run of one stage; the defaults are the paper's where it gives a value."""
-    stage: str = config_field("sd", "all: in this order", ("sd", "md", "rice", "all"), "run")
-    preset: str = config_field("tiny", "the quickstart, or the paper's recipe", ("tiny", "paper"))
+    stage: str = config_field("sd", "stages to train", ("sd", "md", "rice", "all"), "run")
+    preset: str = config_field("tiny", "sizes and recipe", ("tiny", "paper"))
     data: str = config_field("runs/livestreams", "data folder; this one is rendered")
     out: str = config_field("", "run folder [runs/PRESET; with --overfit runs/overfit]")
-    detector_dir: str = config_field("", "where sd.pt and md.pt of the stages before are [--out]")
-    overfit: int = config_field(0, "train and evaluate on so many training clips; 0: off")
-    seed: int = config_field(0, "seed of initialisation, order, augmentation and negatives")
-    init: str = config_field("", "weights to start from: DAB-DETR or a ResNet (sd), CLIP (rice), "
-                             "our own checkpoint; none: from scratch")
-    workers: int = config_field(8, "processes that load pictures, per training process")
+    detector_dir: str = config_field("", "folder of the sd.pt and md.pt to build on [--out]")
+    overfit: int = config_field(0, "train and test on so many clips alone; 0: off")
+    seed: int = config_field(0, "of weights, order, augmentation and negatives")
+    init: str = config_field("", "public weights or our checkpoint; none: from scratch")
+    workers: int = config_field(8, "loader processes of each training process")
     save_every: int = config_field(1000, "steps between checkpoints")
     log_every: int = config_field(50, "steps between lines of the log")
     eval_every: int = config_field(0, "steps between evaluations on val lives; 0: none")
-    precision: str = config_field("float32", "float32, or bf16: autocast", ("float32", "bf16"),
+    precision: str = config_field("float32", "bf16 is autocast", ("float32", "bf16"),
                                   "optimisation")
     steps: int = config_field(0, "training steps; 0: as many as --epochs makes")
     epochs: float = config_field(20.0, "passes over the frames (sd) or clips (md, rice)")
-    batch: int = config_field(64, "frames (sd) or clips (md, rice) a step, over all processes")
-    accum: int = config_field(1, "parts of a batch, to save memory; ICL sees one part")
+    batch: int = config_field(64, "frames (sd) or clips a step, of all processes")
+    accum: int = config_field(1, "parts of a batch, for memory; ICL sees one part")
     lr: float = config_field(1e-4, "peak learning rate")
-    backbone_lr: float = config_field(1e-5, "peak learning rate of SD's backbone, RICE's ViT")
+    backbone_lr: float = config_field(1e-5, "the same of SD's backbone and RICE's ViT")
     weight_decay: float = config_field(1e-4, "weight decay of AdamW")
     adam_eps: float = config_field(1e-8, "epsilon of AdamW")
     clip_norm: float = config_field(0.1, "gradients are clipped to this norm")
     warmup: int = config_field(0, "steps over which the learning rate rises")
-    schedule: str = config_field("drop", "after --decay-start: x0.1, or a cosine to 0",
-                                 ("drop", "cosine"))
-    decay_start: float = config_field(0.75, "share of the steps; the paper: 15 of 20 epochs")
+    schedule: str = config_field("drop", "its decay, x0.1 or a cosine to 0", ("drop", "cosine"))
+    decay_start: float = config_field(0.75, "share of the steps before the decay")
     frames: int = config_field(10, "even frames of a clip (md; rice in evaluation)", None,
                                "pictures")
-    short_side: list = config_field([480, 800, 32], "shortest side of a frame: lowest, highest, "
-                                    "step in pixels; training draws one")
+    short_side: list = config_field([480, 800, 32], "low,high,step of the shortest side, pixels")
     long_side: int = config_field(1333, "limit of the longest side, pixels")
-    backbone: str = config_field("resnet50", "small, or a ResNet of torchvision", (
+    backbone: str = config_field("resnet50", "small, or resnet18 .. resnet152", (
         "small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), "detectors")
     dim: int = config_field(256, "channels of the transformer")
     heads: int = config_field(8, "attention heads")
@@ -87,8 +85,8 @@ class Config:
     ffn: int = config_field(2048, "channels of the feed-forward nets")
     queries: int = config_field(300, "anchor boxes")
     ttm_topk: list = config_field([80, 50, 30], "queries of a frame in each step of the TTM")
-    box_source: str = config_field("md", "boxes that clips are seen through; none: whole frames",
-                                   ("md", "sd", "true", "none"), "rice")
+    box_source: str = config_field("md", "boxes to see through", ("md", "sd", "true", "none"),
+                                   "rice")
     train_frames: int = config_field(10, "frames of a clip in training")
     per_live: int = config_field(1, "clips of one live side by side in a batch")
     vit_width: int = config_field(768, "channels of the image encoder")
@@ -96,18 +94,16 @@ class Config:
     vit_heads: int = config_field(12, "attention heads of the image encoder")
     vit_patch: int = config_field(32, "pixels of a patch; 0: a convolutional stem")
     image_size: int = config_field(224, "side of RICE's pictures, pixels")
-    crop: float = config_field(0.875, "share of the side of whole pictures that is seen, at random "
-                               "in training")
+    crop: float = config_field(0.875, "share of the side that is seen of whole pictures")
     embedding: int = config_field(512, "channels of the ICL embedding")
-    text: str = config_field("both", "texts that are read", ("both", "asr", "title", "none"))
+    text: str = config_field("both", "texts to read", ("both", "asr", "title", "none"))
     text_length: int = config_field(77, "tokens of a text")
-    vocab: int = config_field(20000, "pieces of the tokenizer at most, 600 or more")
-    losses: str = config_field("icl,pmd,pfr", "losses of RICE", ("icl", "icl,pmd", "icl,pmd,pfr"))
+    vocab: int = config_field(20000, "pieces of the tokenizer at most, from 600 on")
+    losses: str = config_field("icl,pmd,pfr", "of RICE", ("icl", "icl,pmd", "icl,pmd,pfr"))
     pfr_weight: float = config_field(0.05, "weight of PFR; the public code: 1")
     n_neg: int = config_field(3, "negative clips of an image in the PMD")
-    negatives: str = config_field("hard", "negatives drawn by ICL similarity, or evenly",
-                                  ("hard", "rand"))
-    rerank: int = config_field(20, "first images that the PMD scores in evaluation, 10 or more")
+    negatives: str = config_field("hard", "drawn by ICL similarity or evenly", ("hard", "rand"))
+    rerank: int = config_field(20, "first images that the PMD scores in evaluation")
 
 
 PRESETS = {
@@ -585,21 +581,33 @@ def int_list(text):
     return [int(number) for number in text.split(",")]
 
 
+def tiny_preset():
+    """What --preset tiny changes, as lines of the help."""
+    lines = ["[defaults] are the paper's; --preset tiny changes:"]
+    for stage, values in PRESETS["tiny"].items():
+        flags = [f"{flag_of(name)}\0{default_text(value)}" for name, value in values.items()]
+        lines.append(textwrap.fill(f"{stage}: {', '.join(flags)}", 79, initial_indent="  ",
+                                   subsequent_indent="    ", break_on_hyphens=False))
+    return "\n".join(lines).replace("\0", " ")          # a value stays beside its flag
+
+
+def default_text(value):
+    return str(value).strip("[]").replace(" ", "")
+
+
 def main(argv=None):
-    changed = [f"  {stage}: {', '.join(f'{flag_of(name)} {v}' for name, v in values.items())}"
-               for stage, values in PRESETS["tiny"].items()]
     parser = data.Parser(
         usage="train.py [--FLAG VALUE ...]", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train SD, MD and RICE; with no flag: the whole quickstart.",
-        epilog="\n".join(["[defaults] are the paper's; --preset tiny changes:", *changed]))
+        epilog=tiny_preset())
     for item in dataclasses.fields(Config):
-        about, default = item.metadata, item.metadata["default"]
+        about, default = item.metadata, default_text(item.metadata["default"])
         group = parser.add_argument_group(about["group"]) if about["group"] else group
-        shown = "all" if item.name == "stage" else str(default).strip("[]").replace(" ", "")
-        text = about["help"] + (f": {' | '.join(about['choices'])}" if about["choices"] else "")
+        default, choices = "all" if item.name == "stage" else default, about["choices"] or ()
+        text = about["help"] + (f": {' | '.join(choices)}" if 0 < len(choices) < 5 else "")
         group.add_argument(flag_of(item.name), type=int_list if item.type is list else item.type,
                            metavar="X", choices=about["choices"], default=argparse.SUPPRESS,
-                           help=text + (f" [{shown}]" if shown else ""))
+                           help=text + (f" [{default}]" if default else ""))
     try:
         data.run_command(run, vars(parser.parse_args(argv)))
     finally:
