@@ -279,17 +279,17 @@ class LPRSplit:
     heed_skip: leave out the clips of skip.txt.
     """
 
-    def __init__(self, root, split, heed_skip=True):
-        self.root, self.split, self.notes = Path(root), split, []
+    def __init__(self, root, name, heed_skip=True):
+        self.root, self.name, self.notes = Path(root), name, []
         self.annotations = self.root / "annotations"
         if not self.annotations.is_dir():
             raise BadInput(f"{root}: no annotations/; `python data.py render {root}` makes one")
-        if split == "train":
+        if name == "train":
             self._index_training_files(heed_skip)
         else:
             self._read_evaluation_files()
         if not len(self):
-            raise BadInput(f"{self.annotations}: no clips in the {split} split")
+            raise BadInput(f"{self.annotations}: no clips in the {name} split")
 
     def __len__(self):
         return len(self.lengths)
@@ -328,7 +328,7 @@ class LPRSplit:
 
     def _read(self, pattern):
         """This split's file of that name: rows by tab -> {id: text}, JSON -> {id: list}."""
-        paths, rows = sorted(self.annotations.glob(f"{self.split}_{pattern}")), {}
+        paths, rows = sorted(self.annotations.glob(f"{self.name}_{pattern}")), {}
         if len(paths) > 1:
             raise BadInput(f"{paths[0]} and {paths[1].name}: which one? Keep one {pattern}")
         if paths and pattern.endswith(".json"):
@@ -353,7 +353,7 @@ class LPRSplit:
         for name, values in SPLITS.items():
             for value in values:
                 self.subsets[f"{value} {name}"] = self._read(f"{name}_{value}.txt")
-        for path in sorted(self.annotations.glob(f"{self.split}_case_*")):
+        for path in sorted(self.annotations.glob(f"{self.name}_case_*")):
             name = path.stem.split("_case_")[1]
             self.cases[name] = self._read(f"case_{name}.txt")
         self.frames = {video_id: set() for video_id in [*self.asr, *self.positives]}
@@ -369,7 +369,7 @@ class LPRSplit:
         self.annotated_lengths = self.lengths * bool(self.gt_boxes)
         unlisted = self.lengths.sum() - len(self.gt_boxes)
         if self.gt_boxes and unlisted:
-            self.notes.append(f"{self.split}: {len(self.gt_boxes)} frames in the box file, "
+            self.notes.append(f"{self.name}: {len(self.gt_boxes)} frames in the box file, "
                               f"{unlisted} more on disk, which show no product")
 
     def _frames_on_disk(self):
@@ -402,7 +402,7 @@ class LPRSplit:
 
     def clip(self, i):
         """Clip i; BadInput with file:row when its row cannot be parsed."""
-        if self.split == "train":
+        if self.name == "train":
             return self._training_clip(i)
         video_id, where = self.video_ids[i], f"{self.root}: true boxes of"
         frame_ids, images = self.frames[video_id], self.positives.get(video_id, [])
@@ -566,17 +566,17 @@ class FrameDataset(Dataset):
     interleave, or one without every_frame. augment=False: pictures as in evaluation.
     """
 
-    def __init__(self, lives, categories, frames, short_side, long_side, train=False, seed=0,
+    def __init__(self, split, categories, frames, short_side, long_side, train=False, seed=0,
                  every_frame=True, augment=True):
-        self.lives, self.frames, self.train, self.seed = lives, frames, train, seed
+        self.split, self.frames, self.train, self.seed = split, frames, train, seed
         self.class_of = {category: k for k, category in enumerate(categories)}
         self.short_side, self.long_side, self.augment = short_side, long_side, train and augment
-        counts = lives.annotated_lengths if train else lives.lengths
+        counts = split.annotated_lengths if train else split.lengths
         all_frames = frames == 1 if train else every_frame
         self.items_per_clip = -(-counts // frames) if all_frames else np.minimum(counts, 1)
         self.cumulative_items = np.concatenate([[0], np.cumsum(self.items_per_clip)])
         if train and not len(self):
-            raise BadInput(f"{lives.root}: no training clip has boxes, so no detector can be "
+            raise BadInput(f"{split.root}: no training clip has boxes, so no detector can be "
                            "trained; RICE can: --stage rice --box-source none")
 
     def __len__(self):
@@ -585,7 +585,7 @@ class FrameDataset(Dataset):
     def __getitem__(self, key):
         epoch, i = key
         c = int(np.searchsorted(self.cumulative_items, i, side="right")) - 1
-        clip = self.lives.clip(c)
+        clip = self.split.clip(c)
         count = len(clip.frame_ids)
         chosen = even_frames(count, self.frames)
         # A long clip makes several items; item `part` has the frames part, part + parts, ...
@@ -602,7 +602,7 @@ class FrameDataset(Dataset):
         """Frame t: image uint8 [3,H,W] (None: unreadable, in evaluation), boxes_cxcywh [M,4] in
         0..1, cut at its border, labels [M] (none in evaluation), size (w, h) in pixels of boxes."""
         try:
-            image, size = self.lives.frame(clip.frame_ids[t])
+            image, size = self.split.frame(clip.frame_ids[t])
         except BadInput:
             if self.train:                          # training leaves nothing out
                 raise
@@ -613,7 +613,7 @@ class FrameDataset(Dataset):
         boxes = clip.boxes[t] if self.train else np.zeros((0, 5))
         xyxy = torch.from_numpy(boxes[:, :4] / np.tile(size, 2)).clamp(0, 1).float()
         inside = (xyxy[:, 2:] > xyxy[:, :2]).all(1)
-        with expecting(f"{self.lives.root}: a training box has a category (-1: none given) that "
+        with expecting(f"{self.split.root}: a training box has a category (-1: none given) that "
                        f"is none of column 6: {[*self.class_of][:40]}"):
             labels = torch.tensor([self.class_of[c] for c in boxes[:, 4]], dtype=torch.long)
         cxcywh = box_convert(xyxy[inside], "xyxy", "cxcywh")
@@ -678,11 +678,11 @@ class Boxes:
     box: np.ndarray
 
 
-def true_boxes(lives):
+def true_boxes(split):
     """The first true box of each frame that has one -> Boxes."""
     start, rows = [0], []
-    for c in range(len(lives)):
-        clip = lives.clip(c) if lives.annotated_lengths[c] else None       # parsing takes long
+    for c in range(len(split)):
+        clip = split.clip(c) if split.annotated_lengths[c] else None       # parsing takes long
         for t, boxes in enumerate(clip.boxes if clip else []):
             rows += [(t, *boxes[0, :4], 1, boxes[0, 4])] if len(boxes) else []
         start.append(len(rows))
@@ -719,15 +719,15 @@ class ClipDataset(Dataset):
     read. augment=False: nothing is drawn at random.
     """
 
-    def __init__(self, lives, tokenizer, frames, size, boxes, train=False, seed=0, text="both",
+    def __init__(self, split, tokenizer, frames, size, boxes, train=False, seed=0, text="both",
                  augment=True, crop=1.0):
-        self.lives, self.tokenizer, self.frames, self.size = lives, tokenizer, frames, size
+        self.split, self.tokenizer, self.frames, self.size = split, tokenizer, frames, size
         self.boxes, self.train, self.seed, self.text = boxes, train, seed, text
-        self.augment, self.crop, self.clips = train and augment, crop, np.arange(len(lives))
+        self.augment, self.crop, self.clips = train and augment, crop, np.arange(len(split))
         if train:
-            self.clips = np.flatnonzero((lives.product >= 0) & (lives.lengths > 0))
+            self.clips = np.flatnonzero((split.product >= 0) & (split.lengths > 0))
         if not len(self.clips):
-            raise BadInput(f"{lives.root}: no training clip has frames and names a shop image")
+            raise BadInput(f"{split.root}: no training clip has frames and names a shop image")
 
     def __len__(self):
         return len(self.clips)
@@ -735,7 +735,7 @@ class ClipDataset(Dataset):
     def __getitem__(self, key):
         epoch, i = key
         c = int(self.clips[i])
-        clip = self.lives.clip(c)
+        clip = self.split.clip(c)
         rng = np.random.default_rng((self.seed, epoch, i))
         rows = range(self.boxes.start[c], self.boxes.start[c + 1]) if self.boxes else ()
         views = [(self.boxes.frame_index[row], self.boxes.box[row, :4]) for row in rows]
@@ -755,13 +755,13 @@ class ClipDataset(Dataset):
         for name in ("asr", "title"):
             item[name] = self.tokenizer(getattr(clip, name) if self.text in (name, "both") else "")
         if self.train:
-            image = self.whole(self.lives.image(clip.image_ids[0]), rng)
-            item |= {"image": image, "product_id": int(self.lives.product[c])}
+            image = self.whole(self.split.image(clip.image_ids[0]), rng)
+            item |= {"image": image, "product_id": int(self.split.product[c])}
         return item
 
     def view(self, frame_id, box, rng):
         """A frame through its box, or whole -> uint8 [3,size,size]."""
-        image, size = self.lives.frame(frame_id)
+        image, size = self.split.frame(frame_id)
         if box is None:
             return self.whole(image, rng)
         edges = np.tile(image.shape[:0:-1], 2)                   # w, h, w, h of the picture
@@ -1156,24 +1156,24 @@ def check(root, decode=False, processes=None):
     root, problems, skip, categories = Path(root), {}, {}, {}
     counts, wrong = Counter(), Counter()
     skip_file = root / "annotations" / "skip.txt"
-    for split, start in (("train", "training_"), ("val", "val_"), ("test", "test_")):
+    for name, start in (("train", "training_"), ("val", "val_"), ("test", "test_")):
         if not any(skip_file.parent.glob(f"{start}*")):
             continue
-        lives = LPRSplit(root, split, heed_skip=False)
-        categories = lives.categories if split == "train" else categories
-        print(f"{split}: {len(lives)} clips, {(lives.annotated_lengths > 0).sum()} annotated, "
-              f"{lives.lengths.sum()} frames", *lives.notes, sep="\n    ")
-        starts = range(0, len(lives), 256)
-        job = functools.partial(_check_clips, root, split, categories, decode)
+        split = LPRSplit(root, name, heed_skip=False)
+        categories = split.categories if name == "train" else categories
+        print(f"{name}: {len(split)} clips, {(split.annotated_lengths > 0).sum()} annotated, "
+              f"{split.lengths.sum()} frames", *split.notes, sep="\n    ")
+        starts = range(0, len(split), 256)
+        job = functools.partial(_check_clips, root, name, categories, decode)
         with process_pool(processes) as pool:
             parts = pool.map(job, starts)
-            for found, counted in progress_bar(parts, f"check {split}", total=len(starts)):
+            for found, counted in progress_bar(parts, f"check {name}", total=len(starts)):
                 counts.update(counted)
                 for kind, text, video_id in found:
                     wrong[kind] += 1
                     if wrong[kind] <= 10:             # millions of texts would fill the memory
                         problems.setdefault(kind, []).append(text)
-                    skip |= {video_id: text} if split == "train" else {}
+                    skip |= {video_id: text} if name == "train" else {}
     if not counts:
         raise BadInput(f"{root}/annotations: no training_videoinfo_*.txt and no test files")
     for kind, texts in problems.items():
@@ -1193,11 +1193,11 @@ def check(root, decode=False, processes=None):
 _open_split = functools.cache(functools.partial(LPRSplit, heed_skip=False))
 
 
-def _check_clips(root, split, categories, decode, start):
+def _check_clips(root, name, categories, decode, start):
     """Problems of 256 clips, [(kind, text, video id)], and what was looked at, {kind: count}."""
-    lives, found, counts, looked_at = _open_split(root, split), [], Counter(), set()
-    for i in range(start, min(start + 256, len(lives))):
-        video_id = lives.training_row(i)[1][0] if split == "train" else lives.video_ids[i]
+    split, found, counts, looked_at = _open_split(root, name), [], Counter(), set()
+    for i in range(start, min(start + 256, len(split))):
+        video_id = split.training_row(i)[1][0] if name == "train" else split.video_ids[i]
 
         def attempt(kind, function, *arguments):
             counts[kind] += 1
@@ -1206,12 +1206,12 @@ def _check_clips(root, split, categories, decode, start):
             except BadInput as error:
                 found.append((kind, str(error), video_id))
 
-        clip = attempt("rows", lives.clip, i)
+        clip = attempt("rows", split.clip, i)
         if clip is None:
             continue
         images = clip.image_ids
-        if split != "train" and lives.galleries:
-            images = lives.galleries.get(live_of(video_id), [])
+        if name != "train" and split.galleries:
+            images = split.galleries.get(live_of(video_id), [])
             counts["galleries"] += 1
             if not set(images) & set(clip.image_ids):
                 found.append(("galleries", f"{video_id}: its live's gallery ({len(images)} images) "
@@ -1219,22 +1219,22 @@ def _check_clips(root, split, categories, decode, start):
             images = [image_id for image_id in images if image_id not in looked_at]
             looked_at.update(images)            # a gallery is looked at once, not once a clip
         for image_id in images:
-            attempt("images", _check_image, lives, image_id, decode)
+            attempt("images", _check_image, split, image_id, decode)
         count = len(clip.frame_ids)
         for t in range(count) if clip.boxes else even_frames(count, 10):
             boxes = clip.boxes[t] if clip.boxes else ()
-            attempt("frames", _check_frame, lives, clip.frame_ids[t], boxes, categories, decode)
+            attempt("frames", _check_frame, split, clip.frame_ids[t], boxes, categories, decode)
     return found, counts
 
 
 @functools.lru_cache(100_000)
-def _check_image(lives, image_id, decode):
+def _check_image(split, image_id, decode):
     read = read_picture if decode else check_picture
-    read(lives.path("images", image_id))
+    read(split.path("images", image_id))
 
 
-def _check_frame(lives, frame_id, boxes, categories, decode):
-    path = lives.path("frames", frame_id)
+def _check_frame(split, frame_id, boxes, categories, decode):
+    path = split.path("frames", frame_id)
     width, height = original_size(path, *check_picture(path)[1:])
     for x1, y1, x2, y2, category in boxes:
         wrong = ""

@@ -23,6 +23,7 @@ import tempfile
 import textwrap
 import time
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -240,20 +241,20 @@ def barrier():
     all_gather_object(None)
 
 
-def check_split(lives, stage):
+def check_split(split, stage):
     """BadInput when a split lacks what a stage is judged by."""
-    where = f"{lives.root}/annotations/{lives.split}_"
-    if stage != "rice" and not any(map(len, lives.gt_boxes.values())):
+    where = f"{split.root}/annotations/{split.name}_"
+    if stage != "rice" and not any(map(len, split.gt_boxes.values())):
         raise BadInput(f"{where}frameid2gtbox_*.json: no true boxes to judge by")
-    served = any(lives.galleries.get(data.live_of(video_id)) for video_id in lives.video_ids)
-    if stage == "rice" and not (served and any(lives.positives.values())):
+    served = any(split.galleries.get(data.live_of(video_id)) for video_id in split.video_ids)
+    if stage == "rice" and not (served and any(split.positives.values())):
         raise BadInput(f"{where}liveid_to_gallery_*.json with images for its lives and {where}"
                        "videoid_to_gtimage_*.json are needed to rank them")
 
 
-def print_notes(lives):
-    if is_main_process() and lives.notes:
-        print(*lives.notes, sep="\n")
+def print_notes(split):
+    if is_main_process() and split.notes:
+        print(*split.notes, sep="\n")
 
 
 # ---- predicting boxes
@@ -304,9 +305,10 @@ def boxes_of_batch(model, batch, device, bf16=False, with_t1=False):
     return rows
 
 
-def stamp_of_files(root, split):
+def stamp_of_files(root, split_name):
     """A short text that changes with a split's annotation files and the entries of frames/."""
-    root, names = Path(root), ("training_", "skip.txt") if split == "train" else (f"{split}_",)
+    names = ("training_", "skip.txt") if split_name == "train" else (f"{split_name}_",)
+    root = Path(root)
     sources = [path for path in root.glob("annotations/*") if path.name.startswith(names)]
     sources.append(root / "frames")
     if sources[-1].is_dir():                       # glob would hold all entries in memory
@@ -315,53 +317,53 @@ def stamp_of_files(root, split):
     return hashlib.sha256(repr((str(root.resolve()), changes)).encode()).hexdigest()[:16]
 
 
-def predict_boxes(checkpoint, lives, folder, device, every_frame=True, model=None):
+def predict_boxes(checkpoint, split, folder, device, every_frame=True, model=None):
     """A box for each frame of a split -> rows of boxes_of_batch in order of clip and frame, memory-
     mapped from FOLDER/boxes-*.npy, which serves again while the detector, the annotation files
     and the entries of frames/ stay the same. every_frame=False: `frames` even ones of each clip."""
     config = checkpoint["config"]
-    files = stamp_of_files(lives.root, lives.split)
-    lengths = hashlib.sha256(lives.lengths.tobytes()).digest()
-    key = (fingerprint(checkpoint), lives.split, every_frame, files, lengths, config.short_side,
+    files = stamp_of_files(split.root, split.name)
+    lengths = hashlib.sha256(split.lengths.tobytes()).digest()
+    key = (fingerprint(checkpoint), split.name, every_frame, files, lengths, config.short_side,
            config.long_side)
     key = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     if not os.access(folder, os.W_OK):
         folder = all_gather_object(tempfile.mkdtemp() if is_main_process() else None)[0]
         if is_main_process():
             print(f"{folder}: predicted boxes are written here, the run folder is read-only")
-    path = Path(folder) / f"boxes-{lives.split}-{key}.npy"
+    path = Path(folder) / f"boxes-{split.name}-{key}.npy"
     if not all_gather_object(path.exists())[0]:
         model, parts = model or load_model(checkpoint, device), path.with_suffix("")
-        _predict_parts(model, checkpoint, lives, parts, device, every_frame)
+        _predict_parts(model, checkpoint, split, parts, device, every_frame)
         if is_main_process():
             _join_parts(parts, path)
         barrier()
     return np.load(path, mmap_mode="r")
 
 
-def _predict_parts(model, checkpoint, lives, folder, device, every_frame):
+def _predict_parts(model, checkpoint, split, folder, device, every_frame):
     """Predict this process's share of the parts, and wait for the others. A part is the rows of
     some clips, saved as FOLDER/<first clip>.npy; a part that a stopped run wrote is kept."""
     config, (rank, world) = checkpoint["config"], start_processes()
-    dataset = data.FrameDataset(lives, checkpoint["categories"], config.frames, config.short_side,
+    dataset = data.FrameDataset(split, checkpoint["categories"], config.frames, config.short_side,
                                 config.long_side, every_frame=every_frame)
     if not len(dataset):
-        raise BadInput(f"{lives.root}: the clips of the {lives.split} split have no frames")
+        raise BadInput(f"{split.root}: the clips of the {split.name} split have no frames")
     folder.mkdir(exist_ok=True)
-    size = max(4, len(lives) // 256)                                    # clips of a part
-    names = [folder / f"{clip:09d}.npy" for clip in range(0, len(lives), size)]
+    size = max(4, len(split) // 256)                                    # clips of a part
+    names = [folder / f"{clip:09d}.npy" for clip in range(0, len(split), size)]
     mine = [name for name in names[rank::world] if not name.exists()]
 
     def batches_of(name):
         first = int(name.stem)
-        items = range(*dataset.cumulative_items[[first, min(first + size, len(lives))]])
+        items = range(*dataset.cumulative_items[[first, min(first + size, len(split))]])
         return data.evaluation_batches(items, max(1, 32 // config.frames))
 
     # A batch never depends on the number of processes: padding may change a box a little.
     batches = (batch for name in mine for batch in batches_of(name))
     loader = data.make_loader(dataset, batches, config.workers, device, data.collate_detection)
     batches, bf16 = iter(loader), config.precision == "bf16"
-    for name in progress_bar(mine, f"detect {lives.split}", is_main_process(), unit="part"):
+    for name in progress_bar(mine, f"detect {split.name}", is_main_process(), unit="part"):
         rows = [boxes_of_batch(model, next(batches), device, bf16, every_frame)
                 for _ in batches_of(name)]
         with data.atomic_write(name) as temporary, open(temporary, "wb") as file:
@@ -415,14 +417,14 @@ def table(header, rows, markdown=False):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def ground_truth(rows, lives, categories):
+def ground_truth(rows, split, categories):
     """The true boxes of the frames in `rows`, for average_precision; image: number of the row. A
     category that training does not know is a class of its own, -1: not told."""
     class_of = {category: k for k, category in enumerate(categories)}
     images, classes, boxes, last = [], [], [], -1
     for row, (c, t) in enumerate(zip(rows["clip"].tolist(), rows["frame"].tolist())):
         if c != last:
-            clip, last = lives.clip(c), c
+            clip, last = split.clip(c), c
         for *box, category in clip.boxes[t].tolist() if clip.boxes else ():
             unknown = -1 if category < 0 else len(class_of) + int(category)
             classes.append(class_of.get(category, unknown))
@@ -431,12 +433,12 @@ def ground_truth(rows, lives, categories):
     return {"image": np.array(images), "category": np.array(classes), "box_xyxy": np.array(boxes)}
 
 
-def table_1(rows, lives, categories):
+def table_1(rows, split, categories):
     """Table 1 in percent -> {method: {"class-agnostic": {column: AP}, "per category": {...}}} of
     each method in `rows`, and counts."""
-    truth = ground_truth(rows, lives, categories)
-    parts = {name: np.array([video_id in ids for video_id in lives.video_ids])[rows["clip"]]
-             for name, ids in lives.subsets.items()}
+    truth = ground_truth(rows, split, categories)
+    parts = {name: np.array([video_id in ids for video_id in split.video_ids])[rows["clip"]]
+             for name, ids in split.subsets.items()}
     results, readable = {}, np.flatnonzero(rows["sd"][:, 4] >= 0)
     for method in rows.dtype.names[2:]:
         box = rows[method][readable]
@@ -448,7 +450,7 @@ def table_1(rows, lives, categories):
         if (truth["category"] >= 0).all():
             results[method]["per category"] = table_1_row(truth, found, parts)
     unknown = int((truth["category"] >= len(categories)).sum())
-    return results, {"clips": len(lives), "frames": len(rows), "boxes": len(truth["image"]),
+    return results, {"clips": len(split), "frames": len(rows), "boxes": len(truth["image"]),
                      "missing": len(rows) - len(readable), "boxes of unknown categories": unknown}
 
 
@@ -527,14 +529,14 @@ class Embedder:
             raise BadInput(f"none of the {len(photos)} photos is a whole picture")
         return names, image[readable], image_tokens[readable]
 
-    def embed_clips(self, lives, clips, boxes):
+    def embed_clips(self, split, clips, boxes):
         """Clips of a split, seen through data.Boxes or (None) as whole frames -> embedding [Q,D],
         tokens [Q,R,C], padding_mask [Q,R], valid [Q]."""
         def encode(batch):
             pixels = data.normalize(batch["frames"], data.CLIP)
             clip, tokens, _, mask = self.model.encode_clips(pixels, batch["valid"], batch["asr"])
             return clip, tokens, mask, batch["valid"].any(1)
-        dataset = data.ClipDataset(lives, self.tokenizer, self.config.frames,
+        dataset = data.ClipDataset(split, self.tokenizer, self.config.frames,
                                    self.config.image_size, boxes, text=self.config.text,
                                    crop=self.config.crop)
         return self.embed(dataset, clips, encode)
@@ -556,18 +558,18 @@ class Embedder:
         return {"icl": icl, "pmd": pmd, "fused": icl + pmd}
 
 
-def rank_live(embedder, lives, live, clips, sources):
+def rank_live(embedder, split, live, clips, sources):
     """The clips of a live against its gallery -> {"clips", "ids" of the gallery, "positive" [Q,G],
     "similarity": {source: {score: [Q,G]}}, and counts}."""
-    ids = list(dict.fromkeys(lives.galleries[live]))
-    titles = lives.titles if set(ids) <= lives.titles.keys() else {}
-    untitled = not titles and bool(lives.titles)
-    image, image_tokens, readable = embedder.embed_images(lives.image, titles, ids)
-    positive = np.array([np.isin(ids, lives.positives.get(lives.video_ids[q], [])) for q in clips])
+    ids = list(dict.fromkeys(split.galleries[live]))
+    titles = split.titles if set(ids) <= split.titles.keys() else {}
+    untitled = not titles and bool(split.titles)
+    image, image_tokens, readable = embedder.embed_images(split.image, titles, ids)
+    positive = np.array([np.isin(ids, split.positives.get(split.video_ids[q], [])) for q in clips])
     ranked = {"clips": clips, "ids": ids, "positive": positive, "similarity": {}, "missing": 0,
               "missing images": int((~readable).sum()), "untitled": untitled}
     for source, boxes in sources.items():
-        clip, tokens, padding_mask, valid = embedder.embed_clips(lives, clips, boxes)
+        clip, tokens, padding_mask, valid = embedder.embed_clips(split, clips, boxes)
         scores = embedder.similarity(clip, image, tokens, image_tokens, padding_mask)
         # What cannot be read never helps: such an image is ahead of the true one, and such a
         # clip or true image has no prediction.
@@ -580,49 +582,49 @@ def rank_live(embedder, lives, live, clips, sources):
     return ranked
 
 
-def box_sources(checkpoint, lives, folder, device):
+def box_sources(checkpoint, split, folder, device):
     """What RICE can be evaluated through -> {"true", "md", "sd": data.Boxes}, or {"none": None}."""
     if checkpoint["config"].box_source == "none":
         return {"none": None}
-    sources = {"true": data.true_boxes(lives)} if lives.gt_boxes else {}
+    sources = {"true": data.true_boxes(split)} if split.gt_boxes else {}
     if "detector" in checkpoint:
-        rows = predict_boxes(checkpoint["detector"], lives, folder, device)
+        rows = predict_boxes(checkpoint["detector"], split, folder, device)
         for method in ("md", "sd"):
             if method in rows.dtype.names:
-                sources[method] = boxes_by_clip(rows, method, len(lives))
+                sources[method] = boxes_by_clip(rows, method, len(split))
     if checkpoint["config"].box_source not in sources:
-        raise BadInput(f"{lives.root}: has no true boxes, which this RICE was trained on")
+        raise BadInput(f"{split.root}: has no true boxes, which this RICE was trained on")
     return sources
 
 
-def table_2(checkpoint, lives, folder, device, model=None, own_source=False):
+def table_2(checkpoint, split, folder, device, model=None, own_source=False):
     """Table 2 in percent through each source of boxes (own_source: that of the training alone) ->
     {source: {score: {"R1": ...}}}, counts, and {live: what rank_live gave}."""
     clips_of, (rank, world), ranked, results = {}, start_processes(), {}, {}
-    for q, video_id in enumerate(lives.video_ids):
+    for q, video_id in enumerate(split.video_ids):
         clips_of.setdefault(data.live_of(video_id), []).append(q)
-    served = [live for live in clips_of if lives.galleries.get(live)]
+    served = [live for live in clips_of if split.galleries.get(live)]
     embedder, own = Embedder(checkpoint, device, model), checkpoint["config"].box_source
-    sources = box_sources(checkpoint, lives, folder, device)
+    sources = box_sources(checkpoint, split, folder, device)
     sources = {own: sources[own]} if own_source else sources
     for live in progress_bar(served[rank::world], "rank lives", is_main_process()):
-        ranked[live] = rank_live(embedder, lives, live, clips_of[live], sources)
+        ranked[live] = rank_live(embedder, split, live, clips_of[live], sources)
     for part in all_gather_object(ranked):
         ranked |= part
     for source, score in itertools.product(sources, ranked[served[0]]["similarity"][own]):
-        places = np.full(len(lives), np.iinfo(np.int64).max)      # without a gallery: a miss
+        places = np.full(len(split), np.iinfo(np.int64).max)      # without a gallery: a miss
         for live in ranked.values():
             similarity = live["similarity"][source][score]
             places[live["clips"]] = rank_of_first_positive(similarity, live["positive"])
         columns = {f"R{k}": 100 * float((places < k).mean()) for k in (1, 5, 10)}
-        for case, ids in lives.cases.items():
-            part = places[np.isin(lives.video_ids, list(ids))]
+        for case, ids in split.cases.items():
+            part = places[np.isin(split.video_ids, list(ids))]
             columns[f"R1 {case}"] = 100 * float((part < 1).mean()) if len(part) else None
         results.setdefault(source, {})[score] = columns
     sizes = np.array([len(ranked[live]["ids"]) for live in served])
-    counts = {"clips": len(lives), "lives": len(clips_of), "gallery": float(sizes.mean()),
+    counts = {"clips": len(split), "lives": len(clips_of), "gallery": float(sizes.mean()),
               "chance": 100 * float((1 / sizes).mean()), "source": own,
-              "without": len(lives) - sum(len(clips_of[live]) for live in served)}
+              "without": len(split) - sum(len(clips_of[live]) for live in served)}
     counts["no true image"] = sum(int((~live["positive"].any(1)).sum()) for live in ranked.values())
     for name in ("missing", "missing images", "untitled"):
         counts[name] = sum(live[name] for live in ranked.values())
@@ -657,8 +659,19 @@ def show(result, markdown=False):
 # ---- one checkpoint, several
 
 
-def evaluate(path, data_dir=None, split="test", out=None, workers=None, rerank=None):
-    """Evaluate a checkpoint -> every number as plain values, and what pictures are drawn from."""
+@dataclass
+class Look:
+    """What pictures are drawn from, and what scripts judge anew: the clips and the answers."""
+    stage: str
+    split: data.LPRSplit
+    categories: dict            # {category id: name} of the training
+    boxes: np.ndarray = None    # rows of predict_boxes; None for RICE
+    rankings: dict = None       # {live: what rank_live gave}; None for a detector
+    source: str = None          # the boxes that RICE was trained on
+
+
+def evaluate(path, data_dir=None, split_name="test", out=None, workers=None, rerank=None):
+    """Evaluate a checkpoint -> every number as plain values, and a Look."""
     start_processes()
     device, checkpoint = pick_device(), load_checkpoint(path)
     config, folder = checkpoint["config"], Path(out or Path(path).parent)
@@ -667,34 +680,35 @@ def evaluate(path, data_dir=None, split="test", out=None, workers=None, rerank=N
         checkpoint.get("detector", checkpoint)["config"].workers = workers
     config.rerank = rerank or config.rerank
     folder.mkdir(parents=True, exist_ok=True)
-    lives = data.LPRSplit(data_dir or config.data, "train" if config.overfit else split)
+    split = data.LPRSplit(data_dir or config.data, "train" if config.overfit else split_name)
     if config.overfit:                    # evaluated on the clips that it was trained on
-        lives.subset(config.overfit)
-    print_notes(lives)
-    check_split(lives, config.stage)
+        split.subset(config.overfit)
+    print_notes(split)
+    check_split(split, config.stage)
+    look = Look(config.stage, split, checkpoint["categories"])
     if config.stage == "rice":
-        results, counts, found = table_2(checkpoint, lives, folder, device)
+        results, counts, look.rankings = table_2(checkpoint, split, folder, device)
+        look.source = counts["source"]
     else:
-        found = predict_boxes(checkpoint, lives, folder, device)
-        results, counts = table_1(found, lives, checkpoint["categories"])
-    result = {"stage": config.stage, "data": str(lives.root), "split": lives.split,
+        look.boxes = predict_boxes(checkpoint, split, folder, device)
+        results, counts = table_1(look.boxes, split, checkpoint["categories"])
+    result = {"stage": config.stage, "data": str(split.root), "split": split.name,
               "step": checkpoint["step"], "counts": counts, "results": results,
               "config": vars(config), "versions": checkpoint["versions"],
-              "files": stamp_of_files(lives.root, lives.split),
+              "files": stamp_of_files(split.root, split.name),
               "left out of training": checkpoint["left_out"]}
-    return result, Namespace(lives=lives, found=found, source=counts.get("source"),
-                             categories=checkpoint["categories"])
+    return result, look
 
 
 def validate(model, checkpoint, folder, device):
     """{"R1": by ICL} or {"AP50": class-agnostic} in percent on the val lives."""
     checkpoint = with_namespaces(checkpoint)
-    config, lives = checkpoint["config"], data.LPRSplit(checkpoint["config"].data, "val")
+    config, split = checkpoint["config"], data.LPRSplit(checkpoint["config"].data, "val")
     if config.stage == "rice":
-        results, _, _ = table_2(checkpoint, lives, folder, device, model, own_source=True)
+        results, _, _ = table_2(checkpoint, split, folder, device, model, own_source=True)
         return {"R1": results[config.box_source]["icl"]["R1"]}
-    rows = predict_boxes(checkpoint, lives, folder, device, False, model)
-    results, _ = table_1(rows, lives, checkpoint["categories"])
+    rows = predict_boxes(checkpoint, split, folder, device, False, model)
+    results, _ = table_1(rows, split, checkpoint["categories"])
     barrier()                                # all processes have read them
     if is_main_process():
         Path(rows.filename).unlink()         # they are of this step alone
@@ -796,70 +810,89 @@ def save_sheet(rows, path):
 
 def detection_row(look, c):
     """Frames of clip c with the boxes of SD (orange), MD (blue) and the true ones (white)."""
-    lives, clip, cells = look.lives, look.lives.clip(c), []
-    names, last = list(look.categories.values()), look.found.dtype.names[-1]
-    here = np.flatnonzero(look.found["clip"] == c)
-    for row in look.found[here[data.even_frames(len(here), 8)]]:
-        def read():
-            image, size = lives.frame(clip.frame_ids[row["frame"]])
-            image = resize(image, [288])
-            stretch = np.tile(np.array(image.shape[:0:-1]) / size, 2)
-            true = clip.boxes[row["frame"]] if clip.boxes else ()
-            for name, *boxes in ("sd", row["sd"]), (last, row[last]), ("true", *true):
-                for box in boxes:
-                    box = torch.tensor(box[None, :4] * stretch)
-                    image = draw_bounding_boxes(image, box, colors=COLOURS[name], width=4)
-            return image
+    clip, rows, cells = look.split.clip(c), look.boxes[look.boxes["clip"] == c], []
+    last, names = rows.dtype.names[-1], list(look.categories.values())
+    for row in rows[data.even_frames(len(rows), 8)]:
         *_, score, k = row[last]
-        cells.append(tile(read, f"{names[int(k)]} {score:.2f}"))
+        cells.append(tile(lambda: frame_with_boxes(look.split, clip, row),
+                          f"{names[int(k)]} {score:.2f}"))
     return cells
 
 
-def ranking_row(lives, clip, text, shop, read):
+def frame_with_boxes(split, clip, row):
+    """The frame of a row of predict_boxes, 288 pixels high or wide, with its boxes and the true
+    ones: uint8 [3,H,W]."""
+    t = row["frame"]
+    image, size = split.frame(clip.frame_ids[t])
+    image = resize(image, [288])
+    stretch = np.tile(np.array(image.shape[:0:-1]) / size, 2)
+    boxes = [(method, row[method]) for method in ("sd", "md") if method in row.dtype.names]
+    boxes += [("true", box) for box in (clip.boxes[t] if clip.boxes else ())]
+    for name, box in boxes:
+        box = torch.tensor(box[None, :4] * stretch)
+        image = draw_bounding_boxes(image, box, colors=COLOURS[name], width=4)
+    return image
+
+
+def ranking_row(split, clip, text, shop, read):
     """Three frames of a clip, and shop images [(id, caption, colour of the border), ...]."""
     cells = []
     for t in data.even_frames(len(clip.frame_ids), 3):
-        cells.append(tile(lambda: lives.frame(clip.frame_ids[t])[0], "" if cells else text))
+        cells.append(tile(lambda: split.frame(clip.frame_ids[t])[0], "" if cells else text))
     return cells + [tile(lambda: read(name), *more) for name, *more in shop]
 
 
+def first_images(look, c):
+    """The first five shop images of clip c as ranking_row takes them; true ones are green, others
+    red. [] without a gallery."""
+    shop, titles = [], look.split.titles
+    live = look.rankings.get(data.live_of(look.split.video_ids[c]))
+    if live:
+        q = live["clips"].index(c)
+        score = last_score(live, look.source)[q]
+        for g in np.argsort(-score, kind="stable")[:5]:                 # nan comes last
+            image_id, colour = live["ids"][g], "green" if live["positive"][q, g] else "red"
+            shop.append((image_id, f"{score[g]:.1f} {titles.get(image_id, '')}", colour))
+    return shop
+
+
+def last_score(live, source):
+    """[Q,G] of what rank_live gave: ICL + PMD, or ICL of a model without the PMD."""
+    return list(live["similarity"][source].values())[-1]
+
+
 def draw_clips(look, clips, path):
-    """A sheet with a row for each clip -> its path; true shop images are green, others red."""
-    rows, lives = [], look.lives
+    """A sheet with a row for each clip -> its path."""
+    rows = []
     for c in map(int, clips):
-        if not look.source:
+        if look.stage == "rice":
+            clip = look.split.clip(c)
+            shop = first_images(look, c)
+            rows.append(ranking_row(look.split, clip, clip.asr, shop, look.split.image))
+        else:
             rows.append(detection_row(look, c))
-            continue
-        clip, live, shop = lives.clip(c), look.found.get(data.live_of(lives.video_ids[c])), []
-        if live:
-            q = live["clips"].index(c)
-            score = list(live["similarity"][look.source].values())[-1][q]
-            for g in np.argsort(-score, kind="stable")[:5]:                 # nan comes last
-                image_id, colour = live["ids"][g], "green" if live["positive"][q, g] else "red"
-                shop.append((image_id, f"{score[g]:.1f} {lives.titles.get(image_id, '')}", colour))
-        rows.append(ranking_row(lives, clip, clip.asr, shop, lives.image))
     return save_sheet(rows, path)
 
 
 def draw_examples(look, folder):
     """Five clips, evenly spread -> the path of the sheet."""
-    name = "ranking" if look.source else "detections"
-    return draw_clips(look, data.even_frames(len(look.lives), 5), f"{folder}/{name}.png")
+    name = "ranking" if look.stage == "rice" else "detections"
+    return draw_clips(look, data.even_frames(len(look.split), 5), f"{folder}/{name}.png")
 
 
 def errors_of(look):
     """How wrong a model is on each clip [Q]: rank of the first true image, or true boxes missed."""
-    wrong, rows = np.zeros(len(look.lives), int), look.found
-    if look.source:
-        wrong[:] = 1000                         # without a gallery
-        for live in rows.values():
-            score = list(live["similarity"][look.source].values())[-1]
-            wrong[live["clips"]] = rank_of_first_positive(score, live["positive"]).clip(max=1000)
-    else:
-        truth = ground_truth(rows, look.lives, look.categories)
-        box = rows[rows.dtype.names[-1]][truth["image"], :4]
-        missed = box_iou_rows(box, truth["box_xyxy"]) < 0.5
-        np.add.at(wrong, rows["clip"][truth["image"]], missed)
+    if look.stage == "rice":
+        wrong = np.full(len(look.split), 1000)                 # without a gallery
+        for live in look.rankings.values():
+            rank = rank_of_first_positive(last_score(live, look.source), live["positive"])
+            wrong[live["clips"]] = rank.clip(max=1000)
+        return wrong
+    rows, wrong = look.boxes, np.zeros(len(look.split), int)
+    truth = ground_truth(rows, look.split, look.categories)
+    box = rows[rows.dtype.names[-1]][truth["image"], :4]
+    missed = box_iou_rows(box, truth["box_xyxy"]) < 0.5
+    np.add.at(wrong, rows["clip"][truth["image"]], missed)
     return wrong
 
 
@@ -1070,7 +1103,7 @@ def run(args):
     settings = args.data, args.split, args.out, args.workers, args.rerank
     results, looks = zip(*[evaluate(path, *settings) for path in paths])
     other = evaluate(args.compare, *settings)[1] if args.compare else None
-    if other and bool(other.source) != bool(looks[-1].source):
+    if other and (other.stage == "rice") != (looks[-1].stage == "rice"):
         raise BadInput(f"--compare {args.compare}: expected the stage of {paths[-1]}")
     if not is_main_process():
         return

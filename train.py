@@ -170,59 +170,59 @@ def flag_of(name):
 def build_stage(config, saved=None, device=None):
     """-> model, what its checkpoint holds besides weights, data set, order of an epoch, collate.
     saved: the checkpoint that the run goes on from."""
-    lives = data.LPRSplit(config.data, "train")
-    evaluation.print_notes(lives)
+    split = data.LPRSplit(config.data, "train")
+    evaluation.print_notes(split)
     if config.overfit:
-        lives.subset(config.overfit)
-    return (build_rice if config.stage == "rice" else build_detector)(config, lives, saved, device)
+        split.subset(config.overfit)
+    return (build_rice if config.stage == "rice" else build_detector)(config, split, saved, device)
 
 
-def build_detector(config, lives, saved, device):
+def build_detector(config, split, saved, device):
     """SD on single frames, or MD on clips on top of the SD of --detector-dir."""
-    if not lives.categories:
+    if not split.categories:
         raise BadInput(f"{config.data}: no training row names a category (columns 6 and 7)")
-    extras, sd = {"categories": lives.categories}, None
+    extras, sd = {"categories": split.categories}, None
     if config.stage == "md":
         sd = load_finished(config, "sd")
-        if sd["categories"] != lives.categories:
+        if sd["categories"] != split.categories:
             raise BadInput(f"{config.detector_dir}/sd.pt has the categories {sd['categories']}, "
-                           f"{config.data} has {lives.categories}")
+                           f"{config.data} has {split.categories}")
         for name in SD_FIELDS:           # whatever the flags say
             setattr(config, name, getattr(sd["config"], name))
         extras["base"] = evaluation.fingerprint(sd)
-    model = evaluation.build_model(config, len(lives.categories))
+    model = evaluation.build_model(config, len(split.categories))
     if sd:
         model.sd.load_state_dict(sd["model"])
     dataset = data.FrameDataset(
-        lives, lives.categories, config.frames if sd else 1, config.short_side, config.long_side,
+        split, split.categories, config.frames if sd else 1, config.short_side, config.long_side,
         train=True, seed=config.seed, augment=not config.overfit)
     return model, extras, dataset, lambda rng: rng.permutation(len(dataset)), data.collate_detection
 
 
-def build_rice(config, lives, saved, device):
+def build_rice(config, split, saved, device):
     """RICE on clips and their shop images, through the boxes of --box-source."""
     vocabulary = saved["tokenizer"] if saved else None
     if not saved:
-        texts, stride = [], 1 + len(lives) // 10_000           # of at most 10,000 clips
-        for i in range(0, len(lives), stride) if config.text != "none" else ():
-            clip = lives.clip(i)
+        texts, stride = [], 1 + len(split) // 10_000           # of at most 10,000 clips
+        for i in range(0, len(split), stride) if config.text != "none" else ():
+            clip = split.clip(i)
             texts += [clip.title, clip.asr]
         vocabulary = data.train_tokenizer(texts, config.vocab)
     tokenizer = data.Tokenizer(vocabulary, config.text_length)
-    model = evaluation.build_model(config, len(lives.categories), tokenizer.vocab)
-    extras, boxes = {"categories": lives.categories, "tokenizer": vocabulary}, None
+    model = evaluation.build_model(config, len(split.categories), tokenizer.vocab)
+    extras, boxes = {"categories": split.categories, "tokenizer": vocabulary}, None
     if config.box_source == "true":
-        boxes = data.true_boxes(lives)
+        boxes = data.true_boxes(split)
     elif config.box_source != "none":
         detector = load_finished(config, config.box_source)
         extras["base"] = evaluation.fingerprint(detector)
         extras["detector"] = {"config": vars(detector["config"]), "model": detector["model"],
                               "categories": detector["categories"]}
-        rows = evaluation.predict_boxes(detector, lives, config.detector_dir, device, False)
-        boxes = evaluation.boxes_by_clip(rows, config.box_source, len(lives))
-    dataset = data.ClipDataset(lives, tokenizer, config.train_frames, config.image_size, boxes,
+        rows = evaluation.predict_boxes(detector, split, config.detector_dir, device, False)
+        boxes = evaluation.boxes_by_clip(rows, config.box_source, len(split))
+    dataset = data.ClipDataset(split, tokenizer, config.train_frames, config.image_size, boxes,
                                True, config.seed, config.text, not config.overfit, config.crop)
-    order = data.grouped_epoch_order(lives.live[dataset.clips], config.per_live)
+    order = data.grouped_epoch_order(split.live[dataset.clips], config.per_live)
     return model, extras, dataset, order, None
 
 
@@ -324,7 +324,7 @@ def train(config, rank, world, device):
     model, extras, dataset, order, collate = build_stage(config, saved, device)
     config.steps = config.steps or max(1, int(config.epochs * len(dataset) / config.batch))
     extras["versions"] = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
-    extras["left_out"] = dataset.lives.notes
+    extras["left_out"] = dataset.split.notes
     optimizer, start, best = init_or_resume(model, config, saved, extras, path, device)
     module = LossModule(model.train())
     if world > 1:
@@ -532,17 +532,17 @@ def check_before(configs, world):
 def check_data(configs):
     """BadInput for what a stage would lack when it is trained or judged. One process does this,
     and makes the index."""
-    root, lives = configs[0].data, data.LPRSplit(configs[0].data, "train")
+    root, split = configs[0].data, data.LPRSplit(configs[0].data, "train")
     for config in configs:
         if config.stage == "rice":
-            data.ClipDataset(lives, None, config.train_frames, config.image_size, None, train=True)
+            data.ClipDataset(split, None, config.train_frames, config.image_size, None, train=True)
         else:
-            data.FrameDataset(lives, lives.categories, 1, config.short_side, config.long_side, True)
+            data.FrameDataset(split, split.categories, 1, config.short_side, config.long_side, True)
     judged = () if configs[0].overfit else ("test", "val") if configs[0].eval_every else ("test",)
-    for split in judged:
-        lives = data.LPRSplit(root, split)
+    for name in judged:
+        split = data.LPRSplit(root, name)
         for config in configs:
-            evaluation.check_split(lives, config.stage)
+            evaluation.check_split(split, config.stage)
 
 
 def run(given):

@@ -229,14 +229,14 @@ def true_boxes(root, lives):
 
 def write_parts(root, lives):
     """Predicted boxes at random places, as eval._predict_parts leaves them in a folder."""
-    for path in root.glob(f"boxes-{lives.split}-*.npy"):
+    for path in root.glob(f"boxes-{lives.name}-*.npy"):
         path.unlink()
-    (root / f"parts-{lives.split}").mkdir()
+    (root / f"parts-{lives.name}").mkdir()
     size, rng = max(4, len(lives) // 256), np.random.default_rng(0)
     fields = [("clip", "i4"), ("frame", "i4"), *((method, "f4", 6) for method in METHODS)]
     for first in range(0, len(lives), size):
         clips = np.arange(first, min(first + size, len(lives)))
-        counts = np.minimum(lives.lengths[clips], 10 if lives.split == "train" else 1000)
+        counts = np.minimum(lives.lengths[clips], 10 if lives.name == "train" else 1000)
         rows = np.zeros(counts.sum(), fields)
         rows["clip"] = np.repeat(clips, counts)
         rows["frame"] = np.concatenate([np.arange(count) for count in counts])
@@ -244,14 +244,14 @@ def write_parts(root, lives):
             rows[method][:, :4] = rng.integers(20, 250, (len(rows), 4)) + [0, 100, 250, 400]
             rows[method][:, 4] = rng.random(len(rows))
             rows[method][:, 5] = rng.integers(CATEGORIES, size=len(rows))
-        np.save(root / f"parts-{lives.split}/{first:09d}.npy", rows)
+        np.save(root / f"parts-{lives.name}/{first:09d}.npy", rows)
 
 
 def predict(root, lives):
     """eval.predict_boxes, which finds the parts of write_parts in the place of a model."""
     evaluation._predict_parts = lambda model, checkpoint, lives, folder, *rest: (
-        (root / f"parts-{lives.split}").rename(folder))
-    return evaluation.predict_boxes(DETECTOR, lives, root, None, lives.split != "train", "none")
+        (root / f"parts-{lives.name}").rename(folder))
+    return evaluation.predict_boxes(DETECTOR, lives, root, None, lives.name != "train", "none")
 
 
 def clip_through_boxes(root, lives):
@@ -289,7 +289,7 @@ def table_2(root, lives):
 def check_part(root, lives):
     """What a process of `data.py check` does with 256 clips. Most of their pictures are missing."""
     data._open_split = lambda *_: lives
-    data._check_clips(root, lives.split, DETECTOR["categories"], False, 0)
+    data._check_clips(root, lives.name, DETECTOR["categories"], False, 0)
 
 
 def open_train(root, _):

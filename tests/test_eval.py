@@ -149,13 +149,13 @@ def holes(livestreams, run_one, tmp_path):
 def test_a_frame_that_cannot_be_read_is_a_miss(holes):
     root, evaluate = holes
     whole, look = evaluate("md")
-    lives, away = look.lives, np.arange(0, 32, 5)
+    lives, away = look.split, np.arange(0, 32, 5)
     names = [f"{frame_id}.jpg" for c in range(8) for frame_id in lives.clip(c).frame_ids]
     for n in away:
         (root / "frames" / names[n]).rename(root / names[n])
     spoilt, look = evaluate("md")
     assert whole["counts"]["missing"] == 0 and spoilt["counts"]["missing"] == len(away)
-    rows, truth = np.array(look.found), evaluation.ground_truth(look.found, lives, look.categories)
+    rows, truth = np.array(look.boxes), evaluation.ground_truth(look.boxes, lives, look.categories)
     rows["sd"][truth["image"], :4] = truth["box_xyxy"]              # as if all boxes were right
     left = np.setdiff1d(np.arange(32), away)
     assert (rows["sd"][left, 4] > 0).all() and (rows["sd"][away, 4] < 0).all()
@@ -171,8 +171,8 @@ def test_a_frame_that_cannot_be_read_is_a_miss(holes):
 def test_an_image_that_cannot_be_read_never_helps(holes):
     root, evaluate = holes
     whole, look = evaluate("rice")
-    (live, found), (_, other) = look.found.items()
-    first, blind = (look.lives.clip(c) for c in (found["clips"][0], other["clips"][1]))
+    (live, found), (_, other) = look.rankings.items()
+    first, blind = (look.split.clip(c) for c in (found["clips"][0], other["clips"][1]))
     (root / "images" / f"{first.image_ids[0]}.jpg").write_bytes(b"")
     for frame_id in blind.frame_ids:
         (root / "frames" / f"{frame_id}.jpg").unlink()
@@ -181,8 +181,8 @@ def test_an_image_that_cannot_be_read_never_helps(holes):
     for source, scores in spoilt["results"].items():
         for score, columns in scores.items():
             assert columns["R10"] == 75 and whole["results"][source][score]["R10"] == 100
-            similarity = look.found[live]["similarity"][source][score]
-            rank = evaluation.rank_of_first_positive(similarity, look.found[live]["positive"])
+            similarity = look.rankings[live]["similarity"][source][score]
+            rank = evaluation.rank_of_first_positive(similarity, look.rankings[live]["positive"])
             assert rank[0] > 10 and (0 < rank[1:]).all() and (rank[1:] < 4).all()     # it is ahead
 
 
@@ -192,9 +192,9 @@ def test_titles_are_not_used_in_a_gallery_that_is_not_fully_titled(holes):
     for kept in (rows, rows[1:], []):
         path.write_text("".join(kept))
         result, look = holes[1]("rice")
-        found.append([live["similarity"]["true"]["icl"] for live in look.found.values()])
+        found.append([live["similarity"]["true"]["icl"] for live in look.rankings.values()])
         assert result["counts"]["untitled"] == (len(kept) == 7)
     full, part, none = found
-    one = [rows[0].split("\t")[0] in live["ids"] for live in look.found.values()].index(True)
+    one = [rows[0].split("\t")[0] in live["ids"] for live in look.rankings.values()].index(True)
     assert np.array_equal(part[one], none[one]) and not np.allclose(full[one], none[one])
     assert np.array_equal(part[1 - one], full[1 - one])

@@ -19,7 +19,7 @@ needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the 
 def recording(run_one, livestreams, tmp_path):
     """A test live as people have it, and a function that asks RICE about it."""
     _, look = evaluation.evaluate(run_one / "rice.pt", out=tmp_path)
-    lives, (live, found), n = look.lives, next(iter(look.found.items())), 0
+    lives, (live, found), n = look.split, next(iter(look.rankings.items())), 0
     titles, said = "\ufeff", ""
     for folder in ("live", "shop/new"):
         (tmp_path / folder).mkdir(parents=True)
@@ -51,7 +51,7 @@ def test_a_live_is_ranked_as_its_clips_are(recording, capsys):
         best = np.argsort(-score, kind="stable")[:3]
         assert [name[-5:-4] for name, _ in answer["top"]] == ["abcd"[g] for g in best]
         assert [value for _, value in answer["top"]] == pytest.approx(score[best], abs=2e-3)
-        assert answer["asr"] == look.lives.clip(c).asr
+        assert answer["asr"] == look.split.clip(c).asr
         wanted = rows["md"][rows["clip"] == c, :4]
         np.testing.assert_allclose(np.array(answer["boxes"])[:, :4], wanted, atol=0.02)
     sheet, said = np.asarray(Image.open(root / "answers.png")), capsys.readouterr().out

@@ -19,7 +19,7 @@ def frames(paths):
     values = {}
     for path in paths:
         _, look = evaluation.evaluate(path)
-        lives, rows = look.lives, look.found
+        lives, rows = look.split, look.boxes
         truth = evaluation.ground_truth(rows, lives, look.categories)
         truth["category"] = np.zeros(len(truth["image"]), int)
         ids = np.array(lives.video_ids)[rows["clip"]]
