@@ -167,47 +167,53 @@ def flag_of(name):
 # ---- stages
 
 
-def build_stage(config, saved=None, device=None):
-    """-> model, what its checkpoint holds besides weights, data set, order of an epoch, collate.
-    saved: the checkpoint that the run goes on from."""
+@dataclass
+class Stage:
+    """What the loop trains, and on what."""
+    model: nn.Module
+    extras: dict                # what a checkpoint holds besides weights
+    dataset: torch.utils.data.Dataset
+    order: callable             # rng -> the items of an epoch
+    collate: callable = None
+
+
+def build_stage(config, saved, device):
+    """-> Stage. saved: the checkpoint that the run goes on from, or None."""
     split = data.LPRSplit(config.data, "train")
     evaluation.print_notes(split)
     if config.overfit:
         split.subset(config.overfit)
-    return (build_rice if config.stage == "rice" else build_detector)(config, split, saved, device)
+    if config.stage == "rice":
+        return build_rice(config, split, saved, device)
+    return build_detector(config, split)
 
 
-def build_detector(config, split, saved, device):
+def build_detector(config, split):
     """SD on single frames, or MD on clips on top of the SD of --detector-dir."""
     if not split.categories:
         raise BadInput(f"{config.data}: no training row names a category (columns 6 and 7)")
-    extras, sd = {"categories": split.categories}, None
+    extras, frames = {"categories": split.categories}, 1
     if config.stage == "md":
-        sd = load_finished(config, "sd")
+        sd, frames = load_finished(config, "sd"), config.frames
+        extras["base"] = evaluation.fingerprint(sd)
         if sd["categories"] != split.categories:
             raise BadInput(f"{config.detector_dir}/sd.pt has the categories {sd['categories']}, "
                            f"{config.data} has {split.categories}")
         for name in SD_FIELDS:           # whatever the flags say
             setattr(config, name, getattr(sd["config"], name))
-        extras["base"] = evaluation.fingerprint(sd)
     model = evaluation.build_model(config, len(split.categories))
-    if sd:
+    if config.stage == "md":
         model.sd.load_state_dict(sd["model"])
     dataset = data.FrameDataset(
-        split, split.categories, config.frames if sd else 1, config.short_side, config.long_side,
-        train=True, seed=config.seed, augment=not config.overfit)
-    return model, extras, dataset, lambda rng: rng.permutation(len(dataset)), data.collate_detection
+        split, split.categories, frames, config.short_side, config.long_side, train=True,
+        seed=config.seed, augment=not config.overfit)
+    return Stage(model, extras, dataset, lambda rng: rng.permutation(len(dataset)),
+                 data.collate_detection)
 
 
 def build_rice(config, split, saved, device):
     """RICE on clips and their shop images, through the boxes of --box-source."""
-    vocabulary = saved["tokenizer"] if saved else None
-    if not saved:
-        texts, stride = [], 1 + len(split) // 10_000           # of at most 10,000 clips
-        for i in range(0, len(split), stride) if config.text != "none" else ():
-            clip = split.clip(i)
-            texts += [clip.title, clip.asr]
-        vocabulary = data.train_tokenizer(texts, config.vocab)
+    vocabulary = saved["tokenizer"] if saved else train_vocabulary(config, split)
     tokenizer = data.Tokenizer(vocabulary, config.text_length)
     model = evaluation.build_model(config, len(split.categories), tokenizer.vocab)
     extras, boxes = {"categories": split.categories, "tokenizer": vocabulary}, None
@@ -223,7 +229,17 @@ def build_rice(config, split, saved, device):
     dataset = data.ClipDataset(split, tokenizer, config.train_frames, config.image_size, boxes,
                                True, config.seed, config.text, not config.overfit, config.crop)
     order = data.grouped_epoch_order(split.live[dataset.clips], config.per_live)
-    return model, extras, dataset, order, None
+    return Stage(model, extras, dataset, order)
+
+
+def train_vocabulary(config, split):
+    """The tokenizer's model from the titles and ASR of at most 10,000 clips, empty for --text
+    none."""
+    texts, stride = [], 1 + len(split) // 10_000
+    for i in range(0, len(split), stride) if config.text != "none" else ():
+        clip = split.clip(i)
+        texts += [clip.title, clip.asr]
+    return data.train_tokenizer(texts, config.vocab)
 
 
 def load_finished(config, stage):
@@ -321,17 +337,18 @@ def train(config, rank, world, device):
         raise BadInput(f"{path}: not the same for all processes; --out must be on shared storage")
     if saved and is_finished(config, saved, path):
         return False
-    model, extras, dataset, order, collate = build_stage(config, saved, device)
-    config.steps = config.steps or max(1, int(config.epochs * len(dataset) / config.batch))
+    stage = build_stage(config, saved, device)
+    model, extras, items = stage.model, stage.extras, len(stage.dataset)
+    config.steps = config.steps or max(1, int(config.epochs * items / config.batch))
     extras["versions"] = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
-    extras["left_out"] = dataset.split.notes
+    extras["left_out"] = stage.dataset.split.notes
     optimizer, start, best = init_or_resume(model, config, saved, extras, path, device)
     module = LossModule(model.train())
     if world > 1:
         module = DistributedDataParallel(module, [device] if device.type == "cuda" else None)
     batches = data.training_batches(
-        order, config.batch, config.steps, start, config.seed, rank, world)
-    loader = data.make_loader(dataset, batches, config.workers, device, collate)
+        stage.order, config.batch, config.steps, start, config.seed, rank, world)
+    loader = data.make_loader(stage.dataset, batches, config.workers, device, stage.collate)
     bar = data.progress_bar(text=f"train {config.stage}", show=rank == 0,
                             total=config.steps * config.batch, initial=start * config.batch,
                             unit="frame" if config.stage == "sd" else "clip")

@@ -26,8 +26,8 @@ def main(case, root, run, out, small):
     stage, given = CASES[case]
     config = train.configure({"data": root, "out": run} | small | given, stage)
     torch.manual_seed(0)
-    model, _, dataset, _, collate = train.build_stage(config, None, CPU)
-    model.train()
+    stage = train.build_stage(config, None, CPU)
+    model, dataset, collate = stage.model.train(), stage.dataset, stage.collate
     # A layer that starts at zero would hide what stands behind it.
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

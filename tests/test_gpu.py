@@ -25,10 +25,10 @@ def model_and_batch(stage, livestreams, run_one):
     given = flags_of(["--data", str(livestreams), "--out", str(run_one), *SMALL])
     config = train.configure(given, stage)
     checkpoint = evaluation.load_checkpoint(run_one / f"{stage}.pt")
-    model, _, dataset, order, collate = train.build_stage(config, checkpoint, CPU)
-    model.load_state_dict(checkpoint["model"])
-    keys = next(iter(data.training_batches(order, 4, 1)))
-    return model.train(), config, (collate or default_collate)([dataset[key] for key in keys])
+    stage = train.build_stage(config, checkpoint, CPU)
+    stage.model.load_state_dict(checkpoint["model"])
+    items = [stage.dataset[key] for key in next(iter(data.training_batches(stage.order, 4, 1)))]
+    return stage.model.train(), config, (stage.collate or default_collate)(items)
 
 
 def add_second_box(batch):

@@ -144,10 +144,11 @@ def test_a_batch_in_parts_is_the_batch(livestreams, tmp_path):
         given = flags_of(flags(livestreams, tmp_path)) | {"accum": accum}
         config = train.configure(given, "sd")
         torch.manual_seed(0)
-        model, _, dataset, _, collate = train.build_stage(config, None, CPU)
+        stage = train.build_stage(config, None, CPU)
+        model, dataset = stage.model, stage.dataset
         items = (dataset[0, i] for i in range(len(dataset)))
         items = [item for item in items if len(item[0]["labels"]) == 1][:8]
-        batch, optimizer = collate(items), train.make_optimizer(model, config)
+        batch, optimizer = stage.collate(items), train.make_optimizer(model, config)
         train.forward_backward(train.LossModule(model), optimizer, batch, config, CPU, 0)
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert len(items) == 8 and (found[1] - found[0]).norm() < 1e-5 * found[0].norm()
@@ -367,7 +368,7 @@ def test_rice_trains_and_ranks_in_other_views(run_one, livestreams, tmp_path, mo
 def test_only_the_texts_asked_for_are_read(run_one, livestreams, text):
     read = {"none": [], "both": ["asr", "title"]}.get(text, [text])
     config = train.configure(flags_of(flags(livestreams, run_one, "--text", text)), "rice")
-    _, _, dataset, _, _ = train.build_stage(config, None, CPU)
+    dataset = train.build_stage(config, None, CPU).dataset
     assert [name for name in ("asr", "title") if (dataset[0, 0][name] > 1).any()] == read
     checkpoint = evaluation.load_checkpoint(run_one / "rice.pt")
     checkpoint["config"].text = text
