@@ -75,6 +75,12 @@ class BadInput(Exception):
     """Something the user can mend; its text is the one line that is printed (status 2)."""
 
 
+def require(condition, text):
+    """BadInput with this text unless the condition holds."""
+    if not condition:
+        raise BadInput(text)
+
+
 @contextlib.contextmanager
 def expecting(text):
     """What reading a value raises becomes BadInput with this text."""
@@ -127,6 +133,11 @@ def atomic_write(path):
         raise
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def rows_text(entries):
+    """{key: text} as rows key<TAB>text."""
+    return "".join(f"{key}\t{text}\n" for key, text in entries.items())
 
 
 def write_text(path, text):
@@ -214,6 +225,11 @@ INDEX_DTYPE = np.dtype([("offset", "i8"), ("video", "i8"), ("product", "i8"), ("
                         ("row", "i4"), ("length", "i4"), ("annotated", "?")])
 
 
+def columns_of(line, tab="\t"):
+    """The columns of a row by tab, without spaces and line ends: text, or bytes with tab=b"\\t"."""
+    return [column.strip() for column in line.split(tab)]
+
+
 def hash_id(name):
     """A number from 0 that stands for an id (bytes), -1 for none."""
     digest = hashlib.blake2b(name, digest_size=7).digest()
@@ -246,8 +262,8 @@ def index_training_file(path):
                        unit_scale=True)
     with bar, open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            text = line.removeprefix(b"\xef\xbb\xbf").strip(b"\r\n")
-            columns = [column.strip() for column in text.split(b"\t")]
+            text = line.removeprefix(b"\xef\xbb\xbf")
+            columns = columns_of(text, b"\t")
             try:
                 if text.strip():
                     rows.append(index_row(columns, offset, number))
@@ -261,8 +277,8 @@ def index_training_file(path):
             offset += len(line)
             bar.update(len(line))
     note = f"{malformed[0]}; {len(malformed)} of {number} rows left out" if malformed else ""
-    if len(malformed) > 0.01 * number:
-        raise BadInput(f"{note} would be more than 1 %: is this a training file?")
+    require(len(malformed) <= 0.01 * number,
+            f"{note} would be more than 1 %: is this a training file?")
     index = np.concatenate([*tables, np.array(rows, INDEX_DTYPE)])
     with contextlib.suppress(OSError), atomic_write(cache) as part, open(part, "wb") as file:
         np.savez(file, stamp=stamp, index=index, note=note, categories=json.dumps(categories))
@@ -282,14 +298,13 @@ class LPRSplit:
     def __init__(self, root, name, heed_skip=True):
         self.root, self.name, self.notes = Path(root), name, []
         self.annotations = self.root / "annotations"
-        if not self.annotations.is_dir():
-            raise BadInput(f"{root}: no annotations/; `python data.py render {root}` makes one")
+        require(self.annotations.is_dir(),
+                f"{root}: no annotations/; `python data.py render {root}` makes one")
         if name == "train":
             self._index_training_files(heed_skip)
         else:
             self._read_evaluation_files()
-        if not len(self):
-            raise BadInput(f"{self.annotations}: no clips in the {name} split")
+        require(len(self), f"{self.annotations}: no clips in the {name} split")
 
     def __len__(self):
         return len(self.lengths)
@@ -392,13 +407,15 @@ class LPRSplit:
         # A clip without a shop image counts as a product of its own.
         product = np.where(self.product >= 0, self.product, -2 - np.arange(len(self)))
         self._keep(np.sort(np.unique(product, return_index=True)[1])[:count])
-        clips = [self.clip(i) for i in range(len(self))]
-        self.video_ids, self.subsets, self.cases = [clip.video_id for clip in clips], {}, {}
-        self.gt_boxes = {frame_id: boxes.tolist() for clip in clips
-                         for frame_id, boxes in zip(clip.frame_ids, clip.boxes or [])}
-        self.titles = {image_id: clip.title for clip in clips for image_id in clip.image_ids}
-        self.positives = {clip.video_id: clip.image_ids for clip in clips}
-        self.galleries = {live_of(clip.video_id): list(self.titles) for clip in clips}
+        self.video_ids, self.subsets, self.cases, self.galleries = [], {}, {}, {}
+        self.gt_boxes, self.titles, self.positives = {}, {}, {}
+        for clip in map(self.clip, range(len(self))):
+            self.video_ids.append(clip.video_id)
+            for frame_id, boxes in zip(clip.frame_ids, clip.boxes or []):
+                self.gt_boxes[frame_id] = boxes.tolist()
+            self.titles |= dict.fromkeys(clip.image_ids, clip.title)
+            self.positives[clip.video_id] = clip.image_ids
+            self.galleries[live_of(clip.video_id)] = self.titles      # all images, when it is full
 
     def clip(self, i):
         """Clip i; BadInput with file:row when its row cannot be parsed."""
@@ -417,20 +434,18 @@ class LPRSplit:
         with open(path, "rb") as file:
             file.seek(self.index["offset"][i])
             line = file.readline().decode("utf-8-sig", "replace")
-        columns = [column.strip() for column in line.strip("\r\n").split("\t")]
-        return f"{path}:{self.index['row'][i]}", columns
+        return f"{path}:{self.index['row'][i]}", columns_of(line)
 
     def _training_clip(self, i):
         where, columns = self.training_row(i)
-        if "\ufffd" in "".join(columns):
-            raise BadInput(f"{where}: expected UTF-8 text")
+        require("\ufffd" not in "".join(columns), f"{where}: expected UTF-8 text")
         video_id, frames, boxes, image_id, title, category, _, asr, *_ = columns
         clip = Clip(video_id, parse_list(frames, f"{where}: frame_id list"), None,
                     [image_id] if image_id else [], title, asr, int(category or -1))
         if self.index["annotated"][i]:
             entries = parse_list(boxes, f"{where}: box list")
-            if len(entries) != len(clip.frame_ids):
-                raise BadInput(f"{where}: {len(clip.frame_ids)} frames, {len(entries)} boxes")
+            require(len(entries) == len(clip.frame_ids),
+                    f"{where}: {len(clip.frame_ids)} frames, {len(entries)} boxes")
             clip.boxes = [parse_boxes(entry, clip.category, f"{where}: box list, frame {t}")
                           for t, entry in enumerate(entries)]
         return clip
@@ -484,8 +499,7 @@ def check_picture(path):
             kind, size, found = picture.format, picture.size, f"is a {picture.format}"
     except Exception as error:          # a decoder raises whatever the bytes lead to
         kind, size, found = None, (), f"no picture that can be read: {type(error).__name__}"
-    if kind not in ("JPEG", "MPO", "PNG", "WEBP"):
-        raise BadInput(f"{path}: {found}, expected JPEG, PNG or WebP")
+    require(kind in ("JPEG", "MPO", "PNG", "WEBP"), f"{path}: {found}, expected JPEG, PNG or WebP")
     return kind, *size
 
 
@@ -520,8 +534,7 @@ def train_tokenizer(texts, vocab=2000):
     """A sentencepiece model of the texts as uint8 [bytes], empty when there is no text. Characters
     beyond the vocab / 2 most frequent are written as bytes, so that any script fits."""
     texts = [text[:2000] for text in texts if text.strip()]
-    if vocab < 600:
-        raise BadInput(f"--vocab {vocab}: expected 600 or more")
+    require(vocab >= 600, f"--vocab {vocab}: expected 600 or more")
     if not texts:
         return torch.zeros(0, dtype=torch.uint8)
     characters = Counter()
@@ -575,9 +588,8 @@ class FrameDataset(Dataset):
         all_frames = frames == 1 if train else every_frame
         self.items_per_clip = -(-counts // frames) if all_frames else np.minimum(counts, 1)
         self.cumulative_items = np.concatenate([[0], np.cumsum(self.items_per_clip)])
-        if train and not len(self):
-            raise BadInput(f"{split.root}: no training clip has boxes, so no detector can be "
-                           "trained; RICE can: --stage rice --box-source none")
+        require(len(self) or not train, f"{split.root}: no training clip has boxes, so no detector "
+                "can be trained; RICE can: --stage rice --box-source none")
 
     def __len__(self):
         return int(self.cumulative_items[-1])
@@ -726,8 +738,8 @@ class ClipDataset(Dataset):
         self.augment, self.crop, self.clips = train and augment, crop, np.arange(len(split))
         if train:
             self.clips = np.flatnonzero((split.product >= 0) & (split.lengths > 0))
-        if not len(self.clips):
-            raise BadInput(f"{split.root}: no training clip has frames and names a shop image")
+        require(len(self.clips),
+                f"{split.root}: no training clip has frames and names a shop image")
 
     def __len__(self):
         return len(self.clips)
@@ -744,7 +756,8 @@ class ClipDataset(Dataset):
         if self.augment and len(views) > self.frames:
             chosen = sorted(rng.choice(len(views), self.frames, replace=False))
         frames, read = torch.zeros(self.frames, 3, self.size, self.size, dtype=torch.uint8), 0
-        for t, box in (views[j] for j in chosen):
+        for j in chosen:
+            t, box = views[j]
             try:
                 frames[read] = self.view(clip.frame_ids[t], box, rng)
                 read += 1
@@ -936,8 +949,8 @@ def _shop_products(rng, count, distractors):
     return products, family
 
 
-def _sprite(product, side=192):
-    """The picture of a product, RGBA, cut to its outline."""
+def _sprite(product, side):
+    """The picture of a product, RGBA, `side` / 2 pixels high or wide, cut to its outline."""
     y, x = np.mgrid[:side, :side] / side
     marked = {"plain": x < 0, "striped": y * 7 % 1 < 0.4, "barred": x * 7 % 1 < 0.4,
               "slanted": (x + y) * 6 % 1 < 0.4, "checked": (x * 5 % 1 < 0.5) ^ (y * 5 % 1 < 0.5)}
@@ -1057,7 +1070,7 @@ def _render_live(root, options, split, number):
     rng = np.random.default_rng((options["seed"], ("train", "val", "test").index(split), number))
     count = options["products"] if train else options["gallery"]
     products, family = _shop_products(rng, count, options["distractors"])
-    sprites, titles, files = list(map(_sprite, products)), {}, defaultdict(dict)
+    sprites, titles, files = [_sprite(p, 2 * side) for p in products], {}, defaultdict(dict)
     live = "-".join(f"{v:04x}" for v in rng.integers(0, 2 ** 16, 4))
     for product, sprite in zip(products, sprites):
         image_id = f"{rng.integers(10 ** 12):012d}"
@@ -1123,10 +1136,9 @@ def render(root, distractors="natural", processes=None, **options):
     those of the intended product's category."""
     root = Path(root)
     for name, (default, least, _) in RENDER_OPTIONS.items():
-        if options.setdefault(name, default) < least:
-            raise BadInput(f"--{name.replace('_', '-')} {options[name]}: at least {least}")
-    if root.exists():
-        raise BadInput(f"{root} exists; render into another folder or remove it first")
+        value = options.setdefault(name, default)
+        require(value >= least, f"--{name.replace('_', '-')} {value}: at least {least}")
+    require(not root.exists(), f"{root} exists; render into another folder or remove it first")
     work, files = root.with_name(f"{root.name}.rendering"), defaultdict(dict)
     shutil.rmtree(work, ignore_errors=True)
     for folder in ("annotations", "frames", "images"):
@@ -1142,8 +1154,8 @@ def render(root, distractors="natural", processes=None, **options):
             for name, entries in live.items():
                 files[name] |= entries
     for name, entries in files.items():
-        rows = "".join(f"{key}\t{text}\n" for key, text in entries.items())
-        write_text(work / "annotations" / name, json.dumps(entries) if ".json" in name else rows)
+        text = json.dumps(entries) if ".json" in name else rows_text(entries)
+        write_text(work / "annotations" / name, text)
     work.rename(root)
 
 
@@ -1174,12 +1186,11 @@ def check(root, decode=False, processes=None):
                     if wrong[kind] <= 10:             # millions of texts would fill the memory
                         problems.setdefault(kind, []).append(text)
                     skip |= {video_id: text} if name == "train" else {}
-    if not counts:
-        raise BadInput(f"{root}/annotations: no training_videoinfo_*.txt and no test files")
+    require(counts, f"{root}/annotations: no training_videoinfo_*.txt and no test files")
     for kind, texts in problems.items():
         print(f"{kind}: {wrong[kind]} of {counts[kind]} wrong", *texts, sep="\n    ")
     if skip:
-        text = "".join(f"{clip}\t{text}\n" for clip, text in skip.items())
+        text = rows_text(skip)
         if not skip_file.exists() or read_text(skip_file) != text:     # else boxes are made anew
             write_text(skip_file, text)
         print(f"annotations/skip.txt: {len(skip)} training clips that training now leaves out")
@@ -1242,8 +1253,7 @@ def _check_frame(split, frame_id, boxes, categories, decode):
             wrong = f"outside of the {width} x {height} frame; expected x1, y1, x2, y2"
         elif category >= 0 and categories and category not in categories:
             wrong = f"category {category:g}, the training files have {[*categories][:40]}"
-        if wrong:
-            raise BadInput(f"{path}: box {x1:g}, {y1:g}, {x2:g}, {y2:g}: {wrong}")
+        require(not wrong, f"{path}: box {x1:g}, {y1:g}, {x2:g}, {y2:g}: {wrong}")
     if decode:
         read_picture(path)
 
@@ -1299,8 +1309,7 @@ def path_of(source, name, folder=""):
     path = source / name
     if not path.is_file():
         path = source / folder / name
-    if not path.resolve().is_relative_to(source):
-        raise BadInput(f"{path} leads out of the folder")
+    require(path.resolve().is_relative_to(source), f"{path} leads out of the folder")
     return path
 
 
@@ -1346,9 +1355,8 @@ def lpr750k(source, root):
     target.mkdir(parents=True, exist_ok=True)
     training = sorted(annotations.glob("training_videoinfo_*.txt"))
     queries, galleries = sorted(annotations.glob("query_*")), sorted(annotations.glob("gallery_*"))
-    if not training or not queries or not galleries:
-        raise BadInput(f"{annotations}: expected training_videoinfo_*.txt, query_*.json and "
-                       "gallery_*.txt")
+    require(training and queries and galleries,
+            f"{annotations}: expected training_videoinfo_*.txt, query_*.json and gallery_*.txt")
     for path in training:
         _training_file_of_750k(source, root, path, done)
     positives = _queries_of_750k(source, root, queries[0], done)
@@ -1379,11 +1387,10 @@ def _training_file_of_750k(source, root, path, done):
 def _row_of_750k(source, root, line, done):
     """A training row in the layout's columns; its pictures are linked."""
     line = line.decode("utf-8-sig", "replace")
-    columns = [column.strip() for column in line.strip("\r\n").split("\t")]
+    columns = columns_of(line)
     if len(columns) == 9:
         columns.insert(2, "[]")                    # no column of boxes
-    if len(columns) != 10:
-        raise BadInput(f"expected 9 or 10 columns by tab, found {len(columns)}")
+    require(len(columns) == 10, f"expected 9 or 10 columns by tab, found {len(columns)}")
     video_id, paths, boxes, image_id, image, title, category, name, _, asr = columns
     frame_ids = _link_frames(source, root, video_id, parse_list(paths, "frame paths"), done)
     picture = path_of(source, image, "training_image")
@@ -1437,8 +1444,8 @@ def _image_id_of_750k(name):
 
 
 def need_ffmpeg(path):
-    if not shutil.which("ffmpeg"):
-        raise BadInput(f"{path}: a video needs the program ffmpeg (apt install ffmpeg)")
+    require(shutil.which("ffmpeg"),
+            f"{path}: a video needs the program ffmpeg (apt install ffmpeg)")
 
 
 def video_frames(path, every):
@@ -1468,9 +1475,8 @@ def video_frames(path, every):
             ffmpeg.kill()
         log.seek(0)
         said = log.read().decode(errors="replace").strip().splitlines()
-    if ffmpeg.returncode:
-        reason = said[-1] if said else "no reason given"
-        raise BadInput(f"{path}: ffmpeg cannot read it: {reason}")
+    reason = said[-1] if said else "no reason given"
+    require(ffmpeg.returncode == 0, f"{path}: ffmpeg cannot read it: {reason}")
     damage = "corrupt|partial file|prematurely|truncated|invalid|error"
     said = [line for line in said if re.search(damage, line, re.IGNORECASE)]
     if said:

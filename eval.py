@@ -37,7 +37,7 @@ from torchvision.utils import draw_bounding_boxes
 import data
 import detect
 import rice
-from data import BadInput, progress_bar
+from data import BadInput, progress_bar, require
 
 STAGES = ("sd", "md", "rice")
 
@@ -182,8 +182,8 @@ def with_namespaces(checkpoint):
 
 def load_checkpoint(path):
     """What train.py saved, configurations as namespaces; BadInput when it is something else."""
-    if not Path(path).is_file():
-        raise BadInput(f"{path}: no such checkpoint; `train.py --stage {Path(path).stem}` makes it")
+    require(Path(path).is_file(),
+            f"{path}: no such checkpoint; `train.py --stage {Path(path).stem}` makes it")
     try:
         return with_namespaces(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:             # torch.load raises whatever the bytes lead to
@@ -244,12 +244,14 @@ def barrier():
 def check_split(split, stage):
     """BadInput when a split lacks what a stage is judged by."""
     where = f"{split.root}/annotations/{split.name}_"
-    if stage != "rice" and not any(map(len, split.gt_boxes.values())):
-        raise BadInput(f"{where}frameid2gtbox_*.json: no true boxes to judge by")
-    served = any(split.galleries.get(data.live_of(video_id)) for video_id in split.video_ids)
-    if stage == "rice" and not (served and any(split.positives.values())):
-        raise BadInput(f"{where}liveid_to_gallery_*.json with images for its lives and {where}"
-                       "videoid_to_gtimage_*.json are needed to rank them")
+    if stage == "rice":
+        served = any(split.galleries.get(data.live_of(video_id)) for video_id in split.video_ids)
+        require(served and any(split.positives.values()),
+                f"{where}liveid_to_gallery_*.json with images for its lives and {where}"
+                "videoid_to_gtimage_*.json are needed to rank them")
+    else:
+        require(any(map(len, split.gt_boxes.values())),
+                f"{where}frameid2gtbox_*.json: no true boxes to judge by")
 
 
 def print_notes(split):
@@ -347,8 +349,7 @@ def _predict_parts(model, checkpoint, split, folder, device, every_frame):
     config, (rank, world) = checkpoint["config"], start_processes()
     dataset = data.FrameDataset(split, checkpoint["categories"], config.frames, config.short_side,
                                 config.long_side, every_frame=every_frame)
-    if not len(dataset):
-        raise BadInput(f"{split.root}: the clips of the {split.name} split have no frames")
+    require(len(dataset), f"{split.root}: the clips of the {split.name} split have no frames")
     folder.mkdir(exist_ok=True)
     size = max(4, len(split) // 256)                                    # clips of a part
     names = [folder / f"{clip:09d}.npy" for clip in range(0, len(split), size)]
@@ -360,7 +361,7 @@ def _predict_parts(model, checkpoint, split, folder, device, every_frame):
         return data.evaluation_batches(items, max(1, 32 // config.frames))
 
     # A batch never depends on the number of processes: padding may change a box a little.
-    batches = (batch for name in mine for batch in batches_of(name))
+    batches = itertools.chain.from_iterable(map(batches_of, mine))
     loader = data.make_loader(dataset, batches, config.workers, device, data.collate_detection)
     batches, bf16 = iter(loader), config.precision == "bf16"
     for name in progress_bar(mine, f"detect {split.name}", is_main_process(), unit="part"):
@@ -521,12 +522,13 @@ class Embedder:
         others; BadInput when none can be read."""
         read = functools.partial(read_photo, photos)
         image, image_tokens, readable = self.embed_images(read, titles, list(photos), tokens)
-        names = [name for name, good in zip(photos, readable.tolist()) if good]
+        names = []
         for name, good in zip(photos, readable.tolist()):
-            if not good:
+            if good:
+                names.append(name)
+            else:
                 print(f"{photos[name]}: left out, it is not a whole picture")
-        if not names:
-            raise BadInput(f"none of the {len(photos)} photos is a whole picture")
+        require(names, f"none of the {len(photos)} photos is a whole picture")
         return names, image[readable], image_tokens[readable]
 
     def embed_clips(self, split, clips, boxes):
@@ -592,8 +594,8 @@ def box_sources(checkpoint, split, folder, device):
         for method in ("md", "sd"):
             if method in rows.dtype.names:
                 sources[method] = boxes_by_clip(rows, method, len(split))
-    if checkpoint["config"].box_source not in sources:
-        raise BadInput(f"{split.root}: has no true boxes, which this RICE was trained on")
+    require(checkpoint["config"].box_source in sources,
+            f"{split.root}: has no true boxes, which this RICE was trained on")
     return sources
 
 
@@ -603,7 +605,7 @@ def table_2(checkpoint, split, folder, device, model=None, own_source=False):
     clips_of, (rank, world), ranked, results = {}, start_processes(), {}, {}
     for q, video_id in enumerate(split.video_ids):
         clips_of.setdefault(data.live_of(video_id), []).append(q)
-    served = [live for live in clips_of if split.galleries.get(live)]
+    served = list(filter(split.galleries.get, clips_of))
     embedder, own = Embedder(checkpoint, device, model), checkpoint["config"].box_source
     sources = box_sources(checkpoint, split, folder, device)
     sources = {own: sources[own]} if own_source else sources
@@ -612,23 +614,38 @@ def table_2(checkpoint, split, folder, device, model=None, own_source=False):
     for part in all_gather_object(ranked):
         ranked |= part
     for source, score in itertools.product(sources, ranked[served[0]]["similarity"][own]):
-        places = np.full(len(split), np.iinfo(np.int64).max)      # without a gallery: a miss
-        for live in ranked.values():
-            similarity = live["similarity"][source][score]
-            places[live["clips"]] = rank_of_first_positive(similarity, live["positive"])
-        columns = {f"R{k}": 100 * float((places < k).mean()) for k in (1, 5, 10)}
-        for case, ids in split.cases.items():
-            part = places[np.isin(split.video_ids, list(ids))]
-            columns[f"R1 {case}"] = 100 * float((part < 1).mean()) if len(part) else None
-        results.setdefault(source, {})[score] = columns
-    sizes = np.array([len(ranked[live]["ids"]) for live in served])
-    counts = {"clips": len(split), "lives": len(clips_of), "gallery": float(sizes.mean()),
-              "chance": 100 * float((1 / sizes).mean()), "source": own,
-              "without": len(split) - sum(len(clips_of[live]) for live in served)}
-    counts["no true image"] = sum(int((~live["positive"].any(1)).sum()) for live in ranked.values())
-    for name in ("missing", "missing images", "untitled"):
-        counts[name] = sum(live[name] for live in ranked.values())
+        results.setdefault(source, {})[score] = table_2_row(ranked, split, source, score)
+    counts = {"clips": len(split), "lives": len(clips_of), "source": own} | count_all(ranked)
+    counts["without"] = len(split) - counts.pop("ranked")
     return results, counts, ranked
+
+
+def table_2_row(ranked, split, source, score):
+    """{column: rank-k in percent}; a clip whose live has no gallery is a miss."""
+    rank = np.full(len(split), np.iinfo(np.int64).max)
+    for live in ranked.values():
+        similarity = live["similarity"][source][score]
+        rank[live["clips"]] = rank_of_first_positive(similarity, live["positive"])
+    columns = {f"R{k}": 100 * float((rank < k).mean()) for k in (1, 5, 10)}
+    for case, ids in split.cases.items():
+        part = rank[np.isin(split.video_ids, list(ids))]
+        columns[f"R1 {case}"] = 100 * float((part < 1).mean()) if len(part) else None
+    return columns
+
+
+def count_all(ranked):
+    """Clips that were ranked, what was missing in all lives, the mean size of a gallery, and the
+    chance of R1 in percent."""
+    sizes, added_up = [], ("missing", "missing images", "untitled")
+    counts = dict.fromkeys(("ranked", "no true image", *added_up), 0)
+    for live in ranked.values():
+        sizes.append(len(live["ids"]))
+        counts["ranked"] += len(live["clips"])
+        counts["no true image"] += int((~live["positive"].any(1)).sum())
+        for name in added_up:
+            counts[name] += live[name]
+    chance = 100 * float(np.mean(1 / np.array(sizes)))
+    return counts | {"gallery": float(np.mean(sizes)), "chance": chance}
 
 
 def show(result, markdown=False):
@@ -749,8 +766,8 @@ def duplicates(path, data_dir, threshold, out=None):
     printed, and written to duplicates.txt in `out` or the data folder as image<TAB>image it
     repeats."""
     checkpoint, groups = load_checkpoint(path), {}
-    if checkpoint["config"].stage != "rice":
-        raise BadInput(f"--duplicates: {path} is no checkpoint of --stage rice")
+    require(checkpoint["config"].stage == "rice",
+            f"--duplicates: {path} is no checkpoint of --stage rice")
     root = Path(data_dir or checkpoint["config"].data)
     photos = {file.stem: file for file in picture_paths(root / "images")}
     names, feature, _ = Embedder(checkpoint, pick_device()).embed_photos(photos, {}, tokens=False)
@@ -935,8 +952,7 @@ class Window:
         return data.Clip("live", list(range(len(self.frames))), None, [], "", self.asr)
 
     def frame(self, t):
-        if self.frames[t] is None:
-            raise BadInput(f"{self.root}: a frame that cannot be read")
+        require(self.frames[t] is not None, f"{self.root}: a frame that cannot be read")
         return self.frames[t], self.frames[t].shape[:0:-1]
 
 
@@ -947,8 +963,7 @@ def by_number(paths):
 
 def picture_paths(folder):
     """The pictures below a folder, numbers in names in order of value. Prints what is left out."""
-    if not Path(folder).is_dir():
-        raise BadInput(f"{folder}: no such file or folder")
+    require(Path(folder).is_dir(), f"{folder}: no such file or folder")
     good, left_out = [], data.Tally()
     for path in filter(Path.is_file, Path(folder).rglob("*")):
         try:
@@ -959,8 +974,7 @@ def picture_paths(folder):
     for reason, count in left_out.items():
         print(f"{folder}: {count} of {len(good) + left_out.total()} files left out, first "
               f"{left_out.first[reason]}: {reason}")
-    if not good:
-        raise BadInput(f"{folder}: no picture that can be read (JPEG, PNG or WebP)")
+    require(good, f"{folder}: no picture that can be read (JPEG, PNG or WebP)")
     return by_number(good)
 
 
@@ -969,10 +983,9 @@ def tab_rows(path, key):
     rows = []
     for number, line in enumerate(data.read_text(path).split("\n") if path else [], 1):
         row = re.fullmatch(rf"\s*({key})\s*\t(.*)", line)
+        require(row or not line.strip(), f"{path}: row {number} is not photo or seconds<TAB>text")
         if row:
             rows.append((row[1], row[2].strip()))
-        elif line.strip():
-            raise BadInput(f"{path}: row {number} is not photo or seconds<TAB>text")
     return rows
 
 
@@ -1031,12 +1044,12 @@ def recognise(path, args):
     """Which product of a shop is on sale when (supplement, 5, 4): each window is ranked against the
     photos. Prints a line a window, writes OUT/answers.jsonl and OUT/answers.png."""
     checkpoint, out, sheet = load_checkpoint(path), Path(args.out or "runs/live"), {}
-    if min(args.every, args.window, args.top) <= 0:
-        raise BadInput("--every, --window, --top: expected more than 0")
+    require(min(args.every, args.window, args.top) > 0,
+            "--every, --window, --top: expected more than 0")
     config = checkpoint["config"]
-    if config.stage != "rice" or config.box_source == "true" or not args.shop:
-        raise BadInput("--live needs --shop FOLDER and a --ckpt of --stage rice; not one trained "
-                       "with --box-source true, for a live has no true boxes")
+    require(config.stage == "rice" and config.box_source != "true" and args.shop,
+            "--live needs --shop FOLDER and a --ckpt of --stage rice; not one trained with "
+            "--box-source true, for a live has no true boxes")
     said, titles = tab_rows(args.asr, r"\d+\.?\d*"), dict(tab_rows(args.titles, ".*?"))
     photos = {path.relative_to(args.shop).as_posix(): path for path in picture_paths(args.shop)}
     titles = {name: titles.get(name, titles.get(Path(name).stem, "")) for name in photos}
@@ -1045,8 +1058,7 @@ def recognise(path, args):
         print(f"{args.titles}: {count} of {len(photos)} photos have a title")
     ranker, stream = LiveRanker(checkpoint, photos, titles), live_frames(args.live, args.every)
     frames = list(itertools.islice(stream, args.window))
-    if not frames:
-        raise BadInput(f"--live {args.live}: no frame in it")
+    require(frames, f"--live {args.live}: no frame in it")
     out.mkdir(parents=True, exist_ok=True)
     start, heard = 0.0, 0
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
@@ -1086,8 +1098,7 @@ def newest_checkpoints():
         checkpoint = load_checkpoint(path) if path.exists() else None
         if checkpoint and checkpoint["step"] == checkpoint["config"].steps:
             finished.append(str(path))
-    if not finished:
-        raise BadInput("--ckpt: no finished checkpoint below runs/; `python train.py` makes one")
+    require(finished, "--ckpt: no finished checkpoint below runs/; `python train.py` makes one")
     return finished
 
 
@@ -1096,15 +1107,15 @@ def run(args):
     paths = paths or newest_checkpoints()
     if args.live:
         return recognise(paths[-1], args)
-    if args.rerank is not None and args.rerank < 10:
-        raise BadInput(f"--rerank {args.rerank}: expected 10 or more, for R10")
+    require(args.rerank is None or args.rerank >= 10,
+            f"--rerank {args.rerank}: expected 10 or more, for R10")
     if args.duplicates is not None:
         return duplicates(paths[-1], args.data, args.duplicates, args.out)
     settings = args.data, args.split, args.out, args.workers, args.rerank
     results, looks = zip(*[evaluate(path, *settings) for path in paths])
     other = evaluate(args.compare, *settings)[1] if args.compare else None
-    if other and (other.stage == "rice") != (looks[-1].stage == "rice"):
-        raise BadInput(f"--compare {args.compare}: expected the stage of {paths[-1]}")
+    require(not other or (other.stage == "rice") == (looks[-1].stage == "rice"),
+            f"--compare {args.compare}: expected the stage of {paths[-1]}")
     if not is_main_process():
         return
     several = len(results) > 1

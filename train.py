@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import eval as evaluation
 import rice
-from data import BadInput
+from data import BadInput, require
 from eval import STAGES, is_main_process
 
 # ---- configuration
@@ -147,8 +147,7 @@ def configure(given, stage):
         least = LEAST.get(item.name, 1) if isinstance(value, int) else 0
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise BadInput(f"{flag_of(item.name)} {value}: expected {least} or more")
-    if not 0 < config.crop <= 1:
-        raise BadInput(f"--crop {config.crop}: expected a share above 0, at most 1")
+    require(0 < config.crop <= 1, f"--crop {config.crop}: expected a share above 0, at most 1")
     with data.expecting(f"--short-side {config.short_side}: expected lowest,highest,step"):
         lowest, highest, step = config.short_side
         if not range(lowest, highest + 1, step):
@@ -190,15 +189,14 @@ def build_stage(config, saved, device):
 
 def build_detector(config, split):
     """SD on single frames, or MD on clips on top of the SD of --detector-dir."""
-    if not split.categories:
-        raise BadInput(f"{config.data}: no training row names a category (columns 6 and 7)")
+    require(split.categories, f"{config.data}: no training row names a category (columns 6 and 7)")
     extras, frames = {"categories": split.categories}, 1
     if config.stage == "md":
         sd, frames = load_finished(config, "sd"), config.frames
         extras["base"] = evaluation.fingerprint(sd)
-        if sd["categories"] != split.categories:
-            raise BadInput(f"{config.detector_dir}/sd.pt has the categories {sd['categories']}, "
-                           f"{config.data} has {split.categories}")
+        require(sd["categories"] == split.categories,
+                f"{config.detector_dir}/sd.pt has the categories {sd['categories']}, "
+                f"{config.data} has {split.categories}")
         for name in SD_FIELDS:           # whatever the flags say
             setattr(config, name, getattr(sd["config"], name))
     model = evaluation.build_model(config, len(split.categories))
@@ -246,13 +244,11 @@ def load_finished(config, stage):
     """The checkpoint of an earlier stage at its last step; BadInput says how to get there."""
     path = f"{config.detector_dir}/{stage}.pt"
     command = f"`train.py --stage {stage} --preset {config.preset} --data {config.data}`"
-    if not Path(path).exists():
-        raise BadInput(f"{path}: missing; --stage {config.stage} needs a trained {stage.upper()}: "
-                       f"run {command} first")
+    require(Path(path).exists(), f"{path}: missing; --stage {config.stage} needs a trained "
+            f"{stage.upper()}: run {command} first")
     checkpoint = evaluation.load_checkpoint(path)
-    if checkpoint["step"] < checkpoint["config"].steps:
-        raise BadInput(f"{path}: at step {checkpoint['step']} of {checkpoint['config'].steps}; "
-                       f"finish it by {command}")
+    step, steps = checkpoint["step"], checkpoint["config"].steps
+    require(step == steps, f"{path}: at step {step} of {steps}; finish it by {command}")
     return checkpoint
 
 
@@ -333,8 +329,9 @@ def train(config, rank, world, device):
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     saved = evaluation.load_checkpoint(path) if path.exists() else None
-    if len(set(evaluation.all_gather_object(saved["step"] if saved else -1))) > 1:
-        raise BadInput(f"{path}: not the same for all processes; --out must be on shared storage")
+    steps_there = evaluation.all_gather_object(saved["step"] if saved else -1)
+    require(len(set(steps_there)) == 1,
+            f"{path}: not the same for all processes; --out must be on shared storage")
     if saved and is_finished(config, saved, path):
         return False
     stage = build_stage(config, saved, device)
@@ -367,9 +364,9 @@ def train(config, rank, world, device):
         if log_now or save_now or evaluate_now:
             # Reduced over all processes, so that all of them stop at the same step.
             values = reduce_metrics({"loss": loss, **terms, "norm": norm}, world)
-            if not math.isfinite(values["loss"] + values["norm"]):
-                raise BadInput(f"{config.stage}, step {step + 1}: not finite: {values}; try a "
-                               f"lower --lr, or float32. {path}, if there, is the last good state")
+            require(math.isfinite(values["loss"] + values["norm"]),
+                    f"{config.stage}, step {step + 1}: not finite: {values}; try a lower --lr, or "
+                    f"float32. {path}, if there, is the last good state")
             shown = {name: f"{value:.3g}" for name, value in values.items() if name != "norm"}
             bar.set_postfix(shown)
         if log_now:
@@ -452,8 +449,8 @@ def is_finished(config, saved, path):
         return False
     base = f"{config.detector_dir}/{'sd' if config.stage == 'md' else config.box_source}.pt"
     if "base" in saved and Path(base).exists():
-        if evaluation.fingerprint(evaluation.load_checkpoint(base)) != saved["base"]:
-            raise BadInput(f"{path} was trained on another {base}; remove it, or give --out")
+        require(evaluation.fingerprint(evaluation.load_checkpoint(base)) == saved["base"],
+                f"{path} was trained on another {base}; remove it, or give --out")
     return True
 
 
@@ -463,10 +460,9 @@ def init_or_resume(model, config, saved, extras, path, device):
     if saved:
         changed = config_diff(config, saved["config"])
         changed += [name for name in ("categories", "base") if saved.get(name) != extras.get(name)]
-        if changed:
-            hint = "" if config.stage == "md" else f", with --init {path} to go on from its weights"
-            raise BadInput(f"{path} was made otherwise ({'; '.join(changed)}); give --out for a "
-                           f"new run{hint}")
+        hint = "" if config.stage == "md" else f", with --init {path} to go on from its weights"
+        require(not changed, f"{path} was made otherwise ({'; '.join(changed)}); give --out for a "
+                f"new run{hint}")
         model.load_state_dict(saved["model"])
         line = f"{path}: goes on from step {saved['step']} of {config.steps}"
     elif config.init not in ("", "none"):
@@ -516,8 +512,7 @@ def load_public_weights(model, path):
     anew = sorted(own.keys() - loaded.keys())
     wrong = [key for key in anew if "class_embed" not in key and not key.startswith("text.token")]
     wrong += [key for key in state if key not in own and not key.endswith("num_batches_tracked")]
-    if wrong:
-        raise BadInput(f"{path}: missing, left over or of another shape: {', '.join(wrong[:8])}")
+    require(not wrong, f"{path}: missing, left over or of another shape: {', '.join(wrong[:8])}")
     model.load_state_dict(loaded, strict=False)
     return f"{path}: loaded {len(loaded)} tensors; made anew: {', '.join(anew) or 'none'}"
 
@@ -528,19 +523,18 @@ def load_public_weights(model, path):
 def check_before(configs, world):
     """BadInput for what would stop a stage, before anything is rendered or trained."""
     for config in configs:
-        if config.batch % (world * config.accum):
-            raise BadInput(f"--batch {config.batch}: expected a multiple of {world} processes x "
-                           f"--accum {config.accum}")
+        require(config.batch % (world * config.accum) == 0, f"--batch {config.batch}: expected a "
+                f"multiple of {world} processes x --accum {config.accum}")
         pretrained = config.vit_patch if config.stage == "rice" else config.backbone != "small"
-        if config.stage != "md" and pretrained and not config.init:
-            raise BadInput(f"--stage {config.stage}: give --init FILE, the public weights that "
-                           "this size starts from (see README), or --init none")
-        if config.init not in ("", "none") and not Path(config.init).is_file():
-            raise BadInput(f"--init {config.init}: no such file")
+        require(config.stage == "md" or config.init or not pretrained,
+                f"--stage {config.stage}: give --init FILE, the public weights that this size "
+                "starts from (see README), or --init none")
+        require(config.init in ("", "none") or Path(config.init).is_file(),
+                f"--init {config.init}: no such file")
     first = configs[0]
-    if first.init not in ("", "none") and (first.stage == "md" or len(configs) > 1):
-        raise BadInput(f"--init {first.init}: expected --stage sd or rice beside it; "
-                       "MD starts from the SD of --detector-dir")
+    require(first.init in ("", "none") or first.stage != "md" and len(configs) == 1,
+            f"--init {first.init}: expected --stage sd or rice beside it; MD starts from the SD of "
+            "--detector-dir")
     needs = {"sd": "none", "md": "sd", "rice": first.box_source}[first.stage]
     if needs in ("sd", "md"):
         load_finished(first, needs)
