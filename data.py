@@ -981,21 +981,20 @@ def _paste(canvas, sprite, rng, x, y, size, tilt=20):
             min(canvas.width, left + int(x.max()) + 1), min(canvas.height, top + int(y.max()) + 1)]
 
 
-def _backdrop(rng, sprites, stock, side, number):
-    """Wall, shelf and table of a clip, larger than a frame so that the camera can move."""
-    big, count = round(side * 1.15), min(len(stock), rng.integers(*SHELF[number]))
-    scene = Image.new("RGB", (big, big), _rgb(rng.random(), 0.2, rng.uniform(0.5, 0.95)))
-    table = _rgb(rng.random(), 0.25, rng.uniform(0.35, 0.8))
-    _draw(scene, "R0 0 24 100 26|R1 0 80 100 100", [(90, 80, 70), table], 0, 0, big)
-    for n, other in enumerate(rng.choice(stock, count, replace=False)):
-        size, x = side * rng.uniform(0.14, 0.19), big * (n + 0.5 + rng.uniform(-0.1, 0.1)) / count
-        _paste(scene, sprites[other], rng, x, 0.28 * side - size * 0.5, size, tilt=4)
-    return scene
+@dataclass
+class _ClipPlan:
+    """What a clip of product p shows."""
+    p: int
+    stagings: list              # of its frames
+    scale: str                  # key of SIZES
+    number: str                 # of products in view: key of SHARES
+    duration: str               # how long p is visible
+    others: list                # products that may be in view beside p
+    companion: int              # of a pair clip, else None
 
 
-def _plan_clip(rng, p, products, frames, number, distractors):
-    """How each frame of a clip is staged, the visible duration of its product p, the others that
-    may be in view, and the companion of a pair clip or None."""
+def _plan_clip(rng, p, products, frames, distractors):
+    number, scale = rng.choice(list(SHARES)), rng.choice(list(SIZES))
     others = [o for o in range(len(products)) if o != p]
     alike = [o for o in others if products[o]["category"] == products[p]["category"]]
     unlike, companion = sorted({*others} - {*alike}), None
@@ -1012,13 +1011,29 @@ def _plan_clip(rng, p, products, frames, number, distractors):
     shown += [*rng.choice(STAGINGS, frames - absent - len(shown), p=SHARES[number])]
     if companion is not None:
         shown = ["pair"] * len(shown)
-    return rng.permutation(shown + ["absent"] * absent), duration, others, companion
+    stagings = rng.permutation(shown + ["absent"] * absent)
+    return _ClipPlan(p, stagings, scale, number, duration, others, companion)
 
 
-def _frame(rng, scene, sprites, p, staging, others, companion, size, look):
-    """One frame of a clip: RGB picture and the box of product p, [] when it is absent."""
-    absent, other, on_table = staging == "absent", rng.choice(others), []
-    in_hands = {"two held": [p, other], "lifted": [other], "table": [], "pair": [p, companion],
+def _backdrop(rng, plan, sprites, side):
+    """Wall, shelf and table of a clip, larger than a frame so that the camera can move."""
+    stock, big = [plan.p, *plan.others], round(side * 1.15)
+    count = min(len(stock), rng.integers(*SHELF[plan.number]))
+    scene = Image.new("RGB", (big, big), _rgb(rng.random(), 0.2, rng.uniform(0.5, 0.95)))
+    table = _rgb(rng.random(), 0.25, rng.uniform(0.35, 0.8))
+    _draw(scene, "R0 0 24 100 26|R1 0 80 100 100", [(90, 80, 70), table], 0, 0, big)
+    for n, other in enumerate(rng.choice(stock, count, replace=False)):
+        size, x = side * rng.uniform(0.14, 0.19), big * (n + 0.5 + rng.uniform(-0.1, 0.1)) / count
+        _paste(scene, sprites[other], rng, x, 0.28 * side - size * 0.5, size, tilt=4)
+    return scene
+
+
+def _frame(rng, plan, staging, sprites, scene, size, look):
+    """One frame of a clip: RGB picture and the box of product p, [] when it is absent. size: of p,
+    as a share of the frame."""
+    p, others, absent, on_table = plan.p, plan.others, staging == "absent", []
+    other = rng.choice(others)
+    in_hands = {"two held": [p, other], "lifted": [other], "table": [], "pair": [p, plan.companion],
                 "absent": [other] * (rng.random() < LIFTED_INSTEAD)}.get(staging, [p])
     if staging in ("lifted", "table") or absent and rng.random() < 0.5:
         on_table = rng.choice(others, rng.integers(2, 4), replace=False).tolist()
@@ -1064,57 +1079,75 @@ def _texts(rng, product, pair=False):
     return " ".join(filter(None, title)), " ".join(heard)
 
 
+def _render_shop(rng, folder, products, sprites, side):
+    """Write a shop image of each product -> {image id: title}, in order of the products."""
+    titles = {}
+    for product, sprite in zip(products, sprites):
+        image_id = f"{rng.integers(10 ** 12):012d}"
+        titles[image_id], _ = _texts(rng, product)
+        picture = Image.new("RGB", (side, side), _rgb(0, 0, rng.uniform(0.92, 1)))
+        _paste(picture, sprite, rng, side / 2, side / 2, side * rng.uniform(0.78, 0.9), tilt=3)
+        picture.save(folder / f"{image_id}.jpg", quality=90)
+    return titles
+
+
 def _render_live(root, options, split, number):
     """Render one live, a function of (seed, split, number) -> {annotation file: {id: entry}}."""
     side, frames, train = options["size"], options["frames"], split == "train"
     rng = np.random.default_rng((options["seed"], ("train", "val", "test").index(split), number))
     count = options["products"] if train else options["gallery"]
     products, family = _shop_products(rng, count, options["distractors"])
-    sprites, titles, files = [_sprite(p, 2 * side) for p in products], {}, defaultdict(dict)
+    sprites, files = [_sprite(p, 2 * side) for p in products], defaultdict(dict)
     live = "-".join(f"{v:04x}" for v in rng.integers(0, 2 ** 16, 4))
-    for product, sprite in zip(products, sprites):
-        image_id = f"{rng.integers(10 ** 12):012d}"
-        titles[image_id], _ = _texts(rng, product)
-        picture = Image.new("RGB", (side, side), _rgb(0, 0, rng.uniform(0.92, 1)))
-        _paste(picture, sprite, rng, side / 2, side / 2, side * rng.uniform(0.78, 0.9), tilt=3)
-        picture.save(root / "images" / f"{image_id}.jpg", quality=90)
+    titles = _render_shop(rng, root / "images", products, sprites, side)
     look = (_rgb(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.3, 0.9)),       # shirt
             _rgb(0.07, rng.uniform(0.25, 0.6), rng.uniform(0.5, 0.95)),            # skin
             _rgb(0.08, 0.5, rng.uniform(0.1, 0.5)))                                # hair
     again = rng.integers(0, count, max(0, options["clips"] - count) if train else 0)
     for n, p in enumerate([*rng.permutation(count), *again]):
-        crowd, scale = rng.choice(list(SHARES)), rng.choice(list(SIZES))
-        stagings, duration, others, companion = _plan_clip(
-            rng, p, products, frames, crowd, options["distractors"])
-        scene, size = _backdrop(rng, sprites, [p, *others], side, crowd), rng.uniform(*SIZES[scale])
+        plan = _plan_clip(rng, p, products, frames, options["distractors"])
+        scene = _backdrop(rng, plan, sprites, side)
+        size, boxes = rng.uniform(*SIZES[plan.scale]), {}
         start = 1667916000000 + number * 86400000 + n * 30000 * frames
-        pair, boxes = companion is not None, {}
         video_id = f"{live}-{start}-{start + frames * 1000}"
-        for t, staging in enumerate(stagings):
+        for t, staging in enumerate(plan.stagings):
             frame_id = f"{video_id}-{t:04d}"
-            picture, boxes[frame_id] = _frame(
-                rng, scene, sprites, p, staging, others, companion, size, look)
+            picture, boxes[frame_id] = _frame(rng, plan, staging, sprites, scene, size, look)
             picture.save(root / "frames" / f"{frame_id}.jpg", quality=85)
-        category, (image_id, title) = products[p]["category"], list(titles.items())[p]
-        class_id, (_, asr) = list(CATEGORIES).index(category), _texts(rng, products[p], pair)
+        _, asr = _texts(rng, products[p], plan.companion is not None)
+        image, category = list(titles.items())[p], products[p]["category"]
         if train:
-            lists = json.dumps(list(boxes)), json.dumps(list(boxes.values()))
-            columns = *lists, image_id, title, str(class_id), category, asr, scale, duration, crowd
-            files["training_videoinfo_0.txt"][video_id] = "\t".join(columns)
-            continue
-        files["test_videoid_asr_0.txt"][video_id] = asr
-        files["test_videoid_to_gtimage_0.json"][video_id] = [image_id]
-        for frame_id, box in boxes.items():
-            files["test_frameid2gtbox_0.json"][frame_id] = [[*box, class_id]] if box else []
-        for name in (f"scale_{scale}", f"duration_{duration}", f"number_{crowd}"):
-            files[f"test_{name}.txt"][video_id] = ""
-        files["test_case_two-in-view.txt"] |= {video_id: ""} if pair else {}
-        alike = family.count(family[p]) > 1
-        files["test_case_near-identical.txt"] |= {video_id: ""} if alike else {}
+            row = _training_row(plan, boxes, image, category, asr)
+            files["training_videoinfo_0.txt"][video_id] = row
+        else:
+            _annotate(files, video_id, plan, boxes, image[0], category, asr)
+            if family.count(family[p]) > 1:
+                files["test_case_near-identical.txt"][video_id] = ""
     if not train:
         files["test_image_title_0.txt"] = titles
         files["test_liveid_to_gallery_0.json"][live] = list(titles)
     return {name.replace("test_", f"{split}_"): entries for name, entries in files.items()}
+
+
+def _training_row(plan, boxes, image, category, asr):
+    """The columns of a training clip but its id, by tab. image: (id, title)."""
+    lists = json.dumps(list(boxes)), json.dumps(list(boxes.values()))
+    class_id = str(list(CATEGORIES).index(category))
+    more = plan.scale, plan.duration, plan.number
+    return "\t".join([*lists, *image, class_id, category, asr, *more])
+
+
+def _annotate(files, video_id, plan, boxes, image_id, category, asr):
+    """Write a test clip into the annotation files."""
+    files["test_videoid_asr_0.txt"][video_id] = asr
+    files["test_videoid_to_gtimage_0.json"][video_id] = [image_id]
+    class_id = list(CATEGORIES).index(category)
+    for frame_id, box in boxes.items():
+        files["test_frameid2gtbox_0.json"][frame_id] = [[*box, class_id]] if box else []
+    for name in (f"scale_{plan.scale}", f"duration_{plan.duration}", f"number_{plan.number}"):
+        files[f"test_{name}.txt"][video_id] = ""
+    if plan.companion is not None:
+        files["test_case_two-in-view.txt"][video_id] = ""
 
 
 DEFAULT_DATASETS = {"runs/livestreams": {}}           # what train.py renders when it is missing
