@@ -133,7 +133,9 @@ class DecoderLayer(nn.Module):
     """Queries attend to each other, then to the memory, then pass a feed-forward net; post-norm.
 
     Self-attention adds the anchor's position to the content. Cross-attention has it beside the
-    content; only the first layer, where all contents are equal, adds it too.
+    content; only the first layer, where all contents are equal, adds it too. The names are
+    DAB-DETR's: sa self-attention, ca cross-attention, qcontent the query from the content, kpos
+    the key from the position.
     """
 
     def __init__(self, dim, heads, ffn, is_first_layer):
@@ -400,7 +402,8 @@ def attend_near_the_anchor(decoder, heads, gain=2.0):
     half, pairs_per_head = decoder.dim // 2, decoder.dim // heads // 4
     # Channels of a head: its pairs for y, then its pairs for x, sine and cosine of each.
     token_pair = [round(p * math.log(10000, 20)) for p in range(half // 2)]
-    usable = [p for p in range(half // 2) if token_pair[p] < half // 2][:6]   # the shortest waves
+    usable = [p for p in range(half // 2) if token_pair[p] < half // 2]
+    usable = usable[:6]                   # the shortest waves; the longer ones tell places less
     query, key = torch.zeros(decoder.dim, decoder.dim), torch.zeros(decoder.dim, decoder.dim)
     rows = itertools.product(range(heads), (0, half), range(pairs_per_head), (0, 1))
     for row, (head, y_or_x, j, sin_or_cos) in enumerate(rows):

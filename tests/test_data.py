@@ -116,7 +116,7 @@ def test_distractors_of_the_same_category_on_request(tmp_path):
     render(tmp_path / "same", lives=1, val_lives=0, test_lives=2, products=8, clips=8, gallery=20,
            frames=4, size=32, distractors="same")
     lives = data.LPRSplit(tmp_path / "same", "test")
-    assert len(lives) == 40 and not lives.cases["two-in-view"]
+    assert len(lives) == 40 and "two-in-view" not in lives.cases
     for ids in lives.galleries.values():
         categories = [words_of(lives.titles[image_id])[2] for image_id in ids]
         assert min(categories.count(category) for category in categories) >= 4
