@@ -1150,7 +1150,6 @@ def _annotate(files, video_id, plan, boxes, image_id, category, asr):
         files["test_case_two-in-view.txt"][video_id] = ""
 
 
-DEFAULT_DATASETS = {"runs/livestreams": {}}           # what train.py renders when it is missing
 RENDER_OPTIONS = {                                    # default, least, help
     "seed": (0, 0, "the same seed gives the same files"),
     "lives": (72, 1, "training lives"),

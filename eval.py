@@ -717,7 +717,7 @@ def evaluate(path, data_dir=None, split_name="test", out=None, workers=None, rer
     return result, look
 
 
-def validate(model, checkpoint, folder, device):
+def validation_metric(model, checkpoint, folder, device):
     """{"R1": by ICL} or {"AP50": class-agnostic} in percent on the val lives."""
     checkpoint = with_namespaces(checkpoint)
     config, split = checkpoint["config"], data.LPRSplit(checkpoint["config"].data, "val")

@@ -36,6 +36,8 @@ from eval import STAGES, is_main_process
 
 # ---- configuration
 
+RENDERED = "runs/livestreams"      # rendered when it is missing
+
 
 def config_field(default, text, choices=None, group=None):
     """A field of Config with the help of its flag; group: the heading of the help from here on."""
@@ -48,7 +50,7 @@ class Config:
     """All that decides a run of one stage; the defaults are the paper's where it gives a value."""
     stage: str = config_field("sd", "stages to train", ("sd", "md", "rice", "all"), "run")
     preset: str = config_field("tiny", "sizes and recipe", ("tiny", "paper"))
-    data: str = config_field("runs/livestreams", "data folder; this one is rendered")
+    data: str = config_field(RENDERED, "data folder; this one is rendered")
     out: str = config_field("", "run folder [runs/PRESET; with --overfit runs/overfit]")
     detector_dir: str = config_field("", "folder of the sd.pt and md.pt to build on [--out]")
     overfit: int = config_field(0, "train and test on so many clips alone; 0: off")
@@ -408,7 +410,7 @@ def validate(model, checkpoint, path, device):
     """Evaluate on the val lives: a line of the log, and STAGE-best.pt when none was better -> the
     best value so far."""
     model.eval()
-    metric = evaluation.validate(model, checkpoint, path.parent, device)
+    metric = evaluation.validation_metric(model, checkpoint, path.parent, device)
     model.train()
     write_log(path, {"step": checkpoint["step"], **metric})
     (value,) = metric.values()
@@ -563,8 +565,8 @@ def run(given):
     check_before(configs, world)
     root, path = configs[0].data, Path(configs[0].out) / "results.json"
     if rank == 0:
-        if root in data.DEFAULT_DATASETS and not Path(root).exists():
-            data.render(root, **data.DEFAULT_DATASETS[root])
+        if root == RENDERED and not Path(root).exists():
+            data.render(root)
         check_data(configs)
     evaluation.barrier()
     results = json.loads(path.read_text()) if path.exists() else {}

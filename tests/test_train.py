@@ -349,7 +349,7 @@ def test_val_is_watched_and_the_best_is_kept(run_one, livestreams, tmp_path, sta
     assert set(watched) == {2, 4} and watched[best["step"]] == max(watched.values())
     assert best["best"] == last["best"] == max(watched.values())
     model = evaluation.load_model(evaluation.load_checkpoint(tmp_path / f"{stage}-best.pt"), CPU)
-    assert evaluation.validate(model, best, tmp_path, CPU) == {name: best["best"]}
+    assert evaluation.validation_metric(model, best, tmp_path, CPU) == {name: best["best"]}
 
 
 @pytest.mark.parametrize("more, source", [
