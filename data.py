@@ -21,6 +21,11 @@ named by the first two letters of the id or by the clip. A FRAME_ID.json gives o
 original_height of a frame stored smaller: its boxes are pixels of that size.
 video_id = live_id-start_ms-end_ms, frame_id = video_id-index; a live id may hold hyphens.
 
+What is wrong with the data. Training: a row of another shape is left out when it is indexed (more
+than 1 % of them: an error); a row that cannot be parsed and a picture that cannot be read stop
+the training, unless `check` has put their clip into skip.txt. Evaluation: a frame that cannot be
+read has no box (SD, MD) or is left out (RICE); a clip or a true image that cannot is a miss.
+
 An item is a function of (seed, epoch, i), the order of the batches one of (seed, step).
 Letters, the same in all files: B batch, T frames of a clip, M true boxes of a frame, H W pixels
 of a batch or a picture, J tokens of a text.
@@ -177,7 +182,7 @@ def _start_pool_process():
 
 # ---- index and splits
 #
-# LPR4M has 4 million training rows, too many to hold. The index keeps 45 bytes of each: where the
+# LPR4M has 4 million training rows, too many to hold. The index keeps 53 bytes of each: where the
 # row begins in its file, and what the order of batches needs. A row is parsed when it is asked for.
 
 
@@ -616,7 +621,7 @@ class FrameDataset(Dataset):
         try:
             image, size = self.split.frame(clip.frame_ids[t])
         except BadInput:
-            if self.train:                          # training leaves nothing out
+            if self.train:                # `check` puts such clips into skip.txt
                 raise
             return {"frame_index": t, "image": None}
         height, width = image.shape[1:]
@@ -762,7 +767,7 @@ class ClipDataset(Dataset):
                 frames[read] = self.view(clip.frame_ids[t], box, rng)
                 read += 1
             except BadInput:
-                if self.train:                      # training leaves nothing out
+                if self.train:            # `check` puts such clips into skip.txt
                     raise
         item = {"frames": frames, "valid": torch.arange(self.frames) < read, "clip": c}
         for name in ("asr", "title"):

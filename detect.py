@@ -514,7 +514,8 @@ class MD(nn.Module):
     def run_ttm(self, queries, logits, boxes, memory, pos_embed, padding_mask, valid):
         """The TTM on what run_sd gave -> logits [B,T,k,K] and boxes [B,T,k,4] of each step."""
         all_logits, all_boxes = [], []
-        # A clip without any frame counts as if all were there: a softmax needs a key.
+        # A clip without any frame counts as if all were there: a softmax needs a key (and so in
+        # SD.features).
         frame_padding_mask = ~valid & valid.any(1, keepdim=True)
         for k, step in zip(self.steps, self.ttm):
             # The scores of the step before choose the queries (at first SD's). The box that a

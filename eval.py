@@ -141,7 +141,7 @@ def average_precision(truth, detections):
 def rank_of_first_positive(similarity, positive, gallery=None):
     """How many images rank before the first true one: similarity, positive, gallery [Q,G] -> [Q].
     Ties count against us, and so does NaN. Without a true image of finite score in the gallery:
-    the largest integer."""
+    the largest integer. What cannot be read: see rank_live."""
     similarity, positive = np.asarray(similarity), np.asarray(positive, bool)
     gallery = np.ones_like(positive) if gallery is None else np.asarray(gallery, bool)
     true = positive & gallery & np.isfinite(similarity)

@@ -223,7 +223,7 @@ def sample_negatives(similarity, image_product, clip_product, count, hard=True, 
     similarity [B,A]: scaled ICL similarity of image and clip; products [B] and [A] -> clips [B,n],
     valid [B,n] (False: there were too few). The chance of a clip is proportional to
     exp(similarity) when `hard`, else equal: the highest of log-probability + Gumbel noise [B,A] are
-    such a draw (Gumbel top-k).
+    such a draw (Gumbel top-k). noise: of RICE.candidates, the same for any number of processes.
     """
     noise = gumbel_noise(similarity.shape).to(similarity.device) if noise is None else noise
     score = similarity.detach().float() + noise if hard else noise  # [B,A]
