@@ -793,6 +793,7 @@ def duplicates(path, data_dir, threshold, out=None):
 # ---- pictures
 
 COLOURS = {"sd": "orange", "md": "dodgerblue", "true": "white"}
+SIDE = 184                  # pixels of a picture on a sheet
 FONTS = "wqy-zenhei.ttc", "msyh.ttc", "PingFang.ttc", "NotoSansCJK-Regular.ttc"   # have Chinese
 
 
@@ -802,13 +803,14 @@ def tile(read, text="", border="white"):
         picture = to_pil_image(read())
     except BadInput:
         picture = Image.new("RGB", (96, 96), "gray")
-    cell, font = Image.new("RGB", (144, 192), "white"), ImageFont.load_default(12)
-    cell.paste(ImageOps.expand(ImageOps.pad(picture, (136, 136), color="white"), 4, border))
+    picture = ImageOps.pad(picture, (SIDE, SIDE), color="white")
+    cell, font = Image.new("RGB", (SIDE + 8, SIDE + 68), "white"), ImageFont.load_default(15)
+    cell.paste(ImageOps.expand(picture, 4, border))
     for name in () if text.isascii() else FONTS:
         with contextlib.suppress(OSError):
-            font = ImageFont.truetype(name, 12)
-    lines = textwrap.wrap(text, 20 if text.isascii() else 12, max_lines=3)
-    ImageDraw.Draw(cell).multiline_text((4, 144), "\n".join(lines), "black", font)
+            font = ImageFont.truetype(name, 15)
+    lines = textwrap.wrap(text, 22 if text.isascii() else 12, max_lines=3)
+    ImageDraw.Draw(cell).multiline_text((4, SIDE + 8), "\n".join(lines), "black", font)
     return cell
 
 
@@ -928,10 +930,13 @@ def draw_curves(log, path):
         draw = ImageDraw.Draw(panels[-1])
         draw.rectangle([50, 30, 290, 170], outline="lightgray")
         draw.line(np.stack([x, y], 1).ravel().tolist(), "dodgerblue", 2)
-        draw.text((50, 10), f"{name} {values[-1]:.3g}", "black")
-        draw.text((46, 30), f"{high:.3g}", "black", anchor="ra")
-        draw.text((46, 170), f"{low:.3g}", "black", anchor="rd")
-        draw.text((290, 176), f"step {int(steps[-1])}", "black", anchor="ra")
+        unit = " in percent" if name in ("AP50", "R1") else ""
+        draw.text((50, 10), f"{name}{unit}: {values[-1]:.3g} at the end", "black")
+        for tick in (0, 0.5, 1):
+            y_text, x_text = f"{low + tick * (high - low):.3g}", f"{tick * steps.max():.0f}"
+            draw.text((46, 170 - 140 * tick), y_text, "black", anchor="rm")
+            draw.text((50 + 240 * tick, 176), x_text, "black", anchor="ma")
+        draw.text((110, 176), "steps", "gray", anchor="ma")
     return save_sheet([panels[n:n + 4] for n in range(0, len(panels), 4)], path)
 
 
