@@ -248,7 +248,7 @@ def index_row(columns, offset, row):
     int(columns[5] or b"0")
     length = columns[1].count(b",") + (columns[1].strip(b" []") != b"")
     # [] for the whole row: not annotated. [] for one frame: the product is not there.
-    annotated = columns[2].replace(b" ", b"")[:3] not in (b"", b"[]")
+    annotated = columns[2].replace(b" ", b"") not in (b"", b"[]")
     ids = columns[0], columns[3], columns[0].rsplit(b"-", 2)[0]
     return offset, *map(hash_id, ids), row, length, annotated
 
@@ -262,7 +262,8 @@ def index_training_file(path):
         if str(saved["stamp"]) == stamp and saved["index"].dtype == INDEX_DTYPE:
             names = json.loads(str(saved["categories"]))
             return saved["index"], {int(c): name for c, name in names.items()}, str(saved["note"])
-    tables, rows, categories, malformed, offset, number = [], [], {}, [], 0, 0
+    tables, rows, malformed = [], [], []
+    categories, offset, number = {}, 0, 0
     bar = progress_bar(text=f"index {path.name}", total=path.stat().st_size, unit="B",
                        unit_scale=True)
     with bar, open(path, "rb") as file:
@@ -293,10 +294,11 @@ def index_training_file(path):
 class LPRSplit:
     """One split ("train", "val" or "test") of a data folder; `clip(i)` parses clip i when asked.
 
-    lengths [clips]: frames of each; annotated_lengths [clips]: the same, 0 without boxes. Of
-    training clips also product and live [clips] (hashed ids, -1: none) and categories {id: name};
-    class k of a detector is the k-th. A test clip is any with an ASR row, a true image or a true
-    box; its frames are those in the box file and those on disk. notes: what was left out.
+    lengths [clips]: frames of each; annotated_lengths [clips]: the same, 0 for training clips
+    without boxes and for a split without any. Of training clips also product and live [clips]
+    (hashed ids, -1: none) and categories {id: name}; class k of a detector is the k-th. A test
+    clip is any with an ASR row, a true image or an entry in the box file; its frames are those in
+    the box file and those on disk. notes: what was left out.
     heed_skip: leave out the clips of skip.txt.
     """
 
@@ -316,15 +318,16 @@ class LPRSplit:
 
     def _index_training_files(self, heed_skip):
         self.files = sorted(self.annotations.glob("training_videoinfo_*.txt"))
-        parts, categories = [np.zeros(0, INDEX_DTYPE)], {}
+        parts, categories = [], {}
         for path in self.files:
             index, names, note = index_training_file(path)
             parts.append(index)
             categories |= names
             if note:
                 self.notes.append(note)
-        self.categories, self.index = dict(sorted(categories.items())), np.concatenate(parts)
-        self.file = np.repeat(np.arange(len(parts)) - 1, list(map(len, parts)))
+        self.categories = dict(sorted(categories.items()))
+        self.index = np.concatenate([np.zeros(0, INDEX_DTYPE), *parts])
+        self.file = np.repeat(np.arange(len(parts)), list(map(len, parts)))
         repeated = len(self.index) - len(np.unique(self.index["video"]))
         if repeated:
             self.notes.append(f"{self.annotations}: {repeated} training rows have the video_id of "
@@ -420,10 +423,11 @@ class LPRSplit:
                 self.gt_boxes[frame_id] = boxes.tolist()
             self.titles |= dict.fromkeys(clip.image_ids, clip.title)
             self.positives[clip.video_id] = clip.image_ids
-            self.galleries[live_of(clip.video_id)] = self.titles      # all images, when it is full
+        for video_id in self.video_ids:
+            self.galleries[live_of(video_id)] = list(self.titles)
 
     def clip(self, i):
-        """Clip i; BadInput with file:row when its row cannot be parsed."""
+        """Clip i; BadInput with file:row, or the id of a test frame, when it cannot be parsed."""
         if self.name == "train":
             return self._training_clip(i)
         video_id, where = self.video_ids[i], f"{self.root}: true boxes of"
@@ -575,8 +579,8 @@ class Tokenizer:
 
 
 class FrameDataset(Dataset):
-    """Frames with their boxes, `frames` at a time: 1 for SD (an item a frame), more for MD (an
-    item a clip, in training the same even frames in every epoch).
+    """Frames with their boxes, `frames` at a time: 1 in SD's training (an item a frame), else more
+    (an item a clip, in MD's training the same even frames in every epoch).
 
     Item: a list of dicts, see load. categories: ids in order of class. short_side: (lowest,
     highest, step) of the shortest side, drawn in training, the highest in evaluation; long_side:
@@ -589,8 +593,11 @@ class FrameDataset(Dataset):
         self.split, self.frames, self.train, self.seed = split, frames, train, seed
         self.class_of = {category: k for k, category in enumerate(categories)}
         self.short_side, self.long_side, self.augment = short_side, long_side, train and augment
-        counts = split.annotated_lengths if train else split.lengths
-        all_frames = frames == 1 if train else every_frame
+        counts = split.lengths
+        all_frames = every_frame
+        if train:
+            counts = split.annotated_lengths
+            all_frames = frames == 1
         self.items_per_clip = -(-counts // frames) if all_frames else np.minimum(counts, 1)
         self.cumulative_items = np.concatenate([[0], np.cumsum(self.items_per_clip)])
         require(len(self) or not train, f"{split.root}: no training clip has boxes, so no detector "
@@ -610,8 +617,9 @@ class FrameDataset(Dataset):
         if parts > 1:
             chosen = range(part, count, parts)
         rng = np.random.default_rng((self.seed, epoch, i))
-        low, high, step = self.short_side
-        side = low + step * int(rng.integers((high - low) // step + 1)) if self.augment else high
+        low, side, step = self.short_side
+        if self.augment:
+            side = low + step * int(rng.integers((side - low) // step + 1))
         mirror = self.augment and rng.random() < 0.5
         return [self.load(clip, int(t), side, mirror) | {"clip": c} for t in chosen]
 
@@ -689,7 +697,8 @@ def normalize(pixels, statistics, padding_mask=None):
 @dataclass
 class Boxes:
     """The boxes that clips are seen through. Those of clip c are rows start[c]:start[c+1] of
-    frame_index [rows] and box [rows,6]: x1 y1 x2 y2 in pixels, score, class."""
+    frame_index [rows] and box [rows,6]: x1 y1 x2 y2 in pixels, and two numbers that RICE does not
+    see, score and class."""
     start: np.ndarray
     frame_index: np.ndarray
     box: np.ndarray
@@ -754,9 +763,7 @@ class ClipDataset(Dataset):
         c = int(self.clips[i])
         clip = self.split.clip(c)
         rng = np.random.default_rng((self.seed, epoch, i))
-        rows = range(self.boxes.start[c], self.boxes.start[c + 1]) if self.boxes else ()
-        views = [(self.boxes.frame_index[row], self.boxes.box[row, :4]) for row in rows]
-        views = views or [(t, None) for t in range(len(clip.frame_ids))]
+        views = self.views_of(c, len(clip.frame_ids))
         chosen = even_frames(len(views), self.frames)
         if self.augment and len(views) > self.frames:
             chosen = sorted(rng.choice(len(views), self.frames, replace=False))
@@ -777,12 +784,21 @@ class ClipDataset(Dataset):
             item |= {"image": image, "product_id": int(self.split.product[c])}
         return item
 
+    def views_of(self, c, frames):
+        """[(frame, box), ...] of clip c; without any box all frames, and None for the box."""
+        views = []
+        if self.boxes:
+            for row in range(self.boxes.start[c], self.boxes.start[c + 1]):
+                views.append((self.boxes.frame_index[row], self.boxes.box[row, :4]))
+        return views or [(t, None) for t in range(frames)]
+
     def view(self, frame_id, box, rng):
         """A frame through its box, or whole -> uint8 [3,size,size]."""
         image, size = self.split.frame(frame_id)
         if box is None:
             return self.whole(image, rng)
-        edges = np.tile(image.shape[:0:-1], 2)                   # w, h, w, h of the picture
+        height, width = image.shape[1:]
+        edges = np.array([width, height, width, height])
         box = (box * (edges / np.tile(size, 2))).clip(0, edges)
         if self.augment:
             box = box + np.tile(rng.uniform(-0.06, 0.06, 2) * (box[2:] - box[:2]), 2)
@@ -881,7 +897,7 @@ def start_loader_process(_):
 # A live is a salesperson with the products of one shop; a clip is about one of them. In "two
 # held", "lifted" (another product in the hand, the intended one on the table) and "table" frames
 # one frame cannot tell which is meant. The others change from frame to frame and the intended one
-# stays, so the clip can tell. A "pair" clip holds the same two in every frame: only words tell.
+# stays, so the clip can tell. A "pair" clip shows the same two together: only words tell.
 
 STAGINGS = ("held", "two held", "lifted", "table", "occluded")
 SHARES = {"few": (0.40, 0.22, 0.06, 0.16, 0.16), "medium": (0.31, 0.27, 0.10, 0.20, 0.12),
@@ -890,9 +906,9 @@ SHELF = {"few": (0, 3), "medium": (3, 5), "abundant": (5, 8)}    # products behi
 ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}    # {absent frames of 8: share of the clips}
 CLEAR = {"short": 1, "medium": 2, "long": 2}     # least number of "held" frames, but in pair clips
 LIFTED_INSTEAD = 0.4    # share of the frames without it in which another product is held
-SAME_CATEGORY = 0.25    # share of the other clips with products of its own category alone
-PAIR = 0.15             # share of pair clips
-LOOKALIKE = 0.3         # share of products that copy another but for one detail
+SAME_CATEGORY = 0.25    # chance that another clip shows products of its own category alone
+PAIR = 0.15             # chance of a pair clip
+LOOKALIKE = 0.3         # chance that a product copies one of its category but for one detail
 BLUR, WRONG_WORDS = 0.15, 0.10          # share of frames, of ASR words (the paper: 9.84 %)
 SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}   # of the frame
 
@@ -955,7 +971,7 @@ def _shop_products(rng, count, distractors):
 
 
 def _sprite(product, side):
-    """The picture of a product, RGBA, `side` / 2 pixels high or wide, cut to its outline."""
+    """The picture of a product, RGBA, cut to its outline: at most side / 2 pixels on a side."""
     y, x = np.mgrid[:side, :side] / side
     marked = {"plain": x < 0, "striped": y * 7 % 1 < 0.4, "barred": x * 7 % 1 < 0.4,
               "slanted": (x + y) * 6 % 1 < 0.4, "checked": (x * 5 % 1 < 0.5) ^ (y * 5 % 1 < 0.5)}
@@ -974,7 +990,7 @@ def _sprite(product, side):
 
 
 def _paste(canvas, sprite, rng, x, y, size, tilt=20):
-    """Paste a product with its centre at (x, y), its longer side `size` pixels -> its box."""
+    """Paste a product with its centre at (x, y), about `size` pixels long, turned -> its box."""
     scale, squeeze = size / max(sprite.size), rng.uniform(0.88, 1.0)
     width, height = round(sprite.width * scale * squeeze), round(sprite.height * scale)
     view = sprite.resize((max(3, width), max(3, height)))
@@ -1060,7 +1076,7 @@ def _frame(rng, plan, staging, sprites, scene, size, look):
         boxes[which] = _paste(frame, sprites[which], rng, x, y - 0.12 * pixels, pixels)
         draw.ellipse([x - 0.06 * side, y, x + 0.06 * side, y + 0.07 * side], skin)
     box = boxes.get(p, [])
-    if staging == "occluded":                      # a palm over a third to a half of the product
+    if staging == "occluded":                      # a palm over a part of the product
         x, y = rng.uniform(box[0], box[2]), rng.uniform(box[1], box[3])
         reach = size * side * rng.uniform(0.22, 0.3)
         draw.ellipse([x - reach, y - reach * 0.8, x + reach, y + reach * 0.8], skin)
@@ -1097,7 +1113,7 @@ def _render_shop(rng, folder, products, sprites, side):
 
 
 def _render_live(root, options, split, number):
-    """Render one live, a function of (seed, split, number) -> {annotation file: {id: entry}}."""
+    """Render one live, a function of what is given -> {annotation file: {id: entry}}."""
     side, frames, train = options["size"], options["frames"], split == "train"
     rng = np.random.default_rng((options["seed"], ("train", "val", "test").index(split), number))
     count = options["products"] if train else options["gallery"]

@@ -79,11 +79,18 @@ class MLP(nn.Module):
         return self.layers[-1](x)  # [...,outputs]
 
 
+def split_heads(x, heads):
+    """[B,N,C] -> [B,N,heads,C/heads]."""
+    return x.unflatten(-1, (heads, -1))
+
+
 def multihead_attention(query, key, value, heads, padding_mask=None):
     """Attention after projection: query [B,N,.], key [B,S,.], value [B,S,C], padding_mask [B,S] ->
     [B,N,C]."""
-    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-    allowed = None if padding_mask is None else ~padding_mask[:, None, None]
+    query = split_heads(query, heads).transpose(1, 2)  # [B,heads,N,.]
+    key = split_heads(key, heads).transpose(1, 2)  # [B,heads,S,.]
+    value = split_heads(value, heads).transpose(1, 2)  # [B,heads,S,C/heads]
+    allowed = None if padding_mask is None else ~padding_mask[:, None, None]  # [B,1,1,S]
     attended = F.scaled_dot_product_attention(query, key, value, allowed)
     return attended.transpose(1, 2).flatten(2)
 
@@ -91,8 +98,8 @@ def multihead_attention(query, key, value, heads, padding_mask=None):
 def concat_per_head(content, position, heads):
     """Each head's content beside its position: [B,N,C], [B,N,C] -> [B,N,2C]. The product of two
     such vectors is content * content + position * position."""
-    parts = [x.unflatten(-1, (heads, -1)) for x in (content, position)]
-    return torch.cat(parts, -1).flatten(-2)
+    content, position = split_heads(content, heads), split_heads(position, heads)
+    return torch.cat([content, position], -1).flatten(-2)
 
 
 # ---- encoder, decoder
@@ -185,8 +192,8 @@ class Decoder(nn.Module):
         self.bbox_embed = box_head
 
     def query_positions(self, anchors, x, is_first_layer=False):
-        """Anchors [B,N,4], contents x [B,N,C] -> the position for self-attention and the modulated
-        sine embedding for cross-attention, both [B,N,C].
+        """Anchors [B,N,4], contents x [B,N,C] -> query_pos, the position for self-attention, and
+        query_sine, the modulated sine embedding for cross-attention, both [B,N,C].
 
         The x half is scaled by (a width predicted from the content / the anchor's width), the
         y half by the same of the heights: a wide anchor is less sharp along x.
@@ -203,20 +210,19 @@ class Decoder(nn.Module):
 
     def forward(self, anchors, memory, pos_embed, padding_mask):
         x = anchors.new_zeros(*anchors.shape[:2], self.dim)  # [B,N,C]
-        hidden_states, references = [], []
-        reference = anchors  # [B,N,4]
+        hidden_states, references = [], [anchors]
         for i, layer in enumerate(self.layers):
-            # The anchor that a layer computes with is detached (the first is learned). The
-            # reference of its reported box is not: the loss of this box also trains the box
-            # head's output of the layer before, as in DAB-DETR.
-            references.append(reference)
-            anchors = reference if i == 0 else reference.detach()  # [B,N,4]
             query_pos, query_sine = self.query_positions(anchors, x, i == 0)  # [B,N,C], [B,N,C]
             x = layer(x, query_pos, query_sine, memory, pos_embed, padding_mask)  # [B,N,C]
             hidden_states.append(self.norm(x))
             if i + 1 < len(self.layers):
                 # The next anchor is made from x without the norm, the reported box with it.
-                reference = (self.bbox_embed(x) + inverse_sigmoid(anchors)).sigmoid()  # [B,N,4]
+                moved = (self.bbox_embed(x) + inverse_sigmoid(anchors)).sigmoid()  # [B,N,4]
+                # The next layer computes with a detached anchor. The reference of its reported
+                # box is not detached: the loss of that box also trains the box head's output
+                # here, as in DAB-DETR.
+                references.append(moved)
+                anchors = moved.detach()  # [B,N,4]
         return torch.stack(hidden_states), torch.stack(references)  # [L,B,N,C], [L,B,N,4]
 
 
@@ -270,7 +276,8 @@ class Backbone(nn.Module):
             self.body, self.channels = SmallBody(), 128
             return
         self.body = getattr(torchvision.models, name)(norm_layer=FrozenBatchNorm2d)
-        self.channels, self.body.fc = self.body.fc.in_features, nn.Identity()
+        self.channels = self.body.fc.in_features
+        self.body.fc = nn.Identity()                       # the classifier is not used
         self.body.conv1.requires_grad_(False)
         self.body.layer1.requires_grad_(False)
 
@@ -394,10 +401,10 @@ def attend_near_the_anchor(decoder, heads, gain=2.0):
     """Initialise cross-attention so that a query looks around its anchor from the first step. This
     is ours: DAB-DETR learns it, in a long training.
 
-    The position projections of query and key choose some sine pairs, the same wavelengths on both
-    sides, so that their product is greatest where token and anchor coincide. Pair p of an anchor
-    has the wavelength of pair p * log(10000) / log(20) of a token. The content scales the
-    positions by 1 at first.
+    The position projections of query and key choose some sine pairs of nearly the same
+    wavelengths, so that their product is greatest about where token and anchor coincide. Pair p of
+    an anchor has the wavelength of pair p * log(10000) / log(20) of a token, which is rounded. The
+    content scales the positions by 1 at first.
     """
     half, pairs_per_head = decoder.dim // 2, decoder.dim // heads // 4
     # Channels of a head: its pairs for y, then its pairs for x, sine and cosine of each.
@@ -405,11 +412,15 @@ def attend_near_the_anchor(decoder, heads, gain=2.0):
     usable = [p for p in range(half // 2) if token_pair[p] < half // 2]
     usable = usable[:6]                   # the shortest waves; the longer ones tell places less
     query, key = torch.zeros(decoder.dim, decoder.dim), torch.zeros(decoder.dim, decoder.dim)
-    rows = itertools.product(range(heads), (0, half), range(pairs_per_head), (0, 1))
-    for row, (head, y_or_x, j, sin_or_cos) in enumerate(rows):
-        p = usable[(head + j) % len(usable)]          # heads differ in their wavelengths
-        query[row, y_or_x + 2 * p + sin_or_cos] = gain
-        key[row, y_or_x + 2 * token_pair[p] + sin_or_cos] = gain
+    row = 0
+    for head in range(heads):
+        for axis_start in (0, half):                      # of the channels for y, for x
+            for j in range(pairs_per_head):
+                p = usable[(head + j) % len(usable)]      # heads differ in their wavelengths
+                for sin_or_cos in (0, 1):
+                    query[row, axis_start + 2 * p + sin_or_cos] = gain
+                    key[row, axis_start + 2 * token_pair[p] + sin_or_cos] = gain
+                    row += 1
     for layer in decoder.layers:
         layer.ca_qpos_sine_proj.weight.data = query.clone()
         layer.ca_kpos_proj.weight.data = key.clone()
@@ -422,8 +433,9 @@ def attend_near_the_anchor(decoder, heads, gain=2.0):
 
 class TemporalLayer(nn.Module):
     """Tokens attend to each other, then to the tokens as they came in, then pass a feed-forward
-    net: tokens [B,N,C], others [B,R,C], masks [B,N] and [B,R] -> [B,N,C]. The parameter names are
-    TransVOD Lite's, where norm2 comes first."""
+    net: tokens [B,N,C], others [B,R,C], which are the same tokens in the TTM, masks [B,N] and
+    [B,R] -> [B,N,C]. The parameter names are TransVOD Lite's: its norm2 belongs to the
+    self-attention, its norm1 to the cross-attention."""
 
     def __init__(self, dim, heads, ffn):
         super().__init__()
@@ -542,8 +554,8 @@ class MD(nn.Module):
                                   for name in ("labels", "boxes_cxcywh", "valid"))
         total = 0.0
         for logits, boxes in zip(all_logits, all_boxes):
-            loss, terms = detection_loss(logits.flatten(0, 1)[None], boxes.flatten(0, 1)[None],
-                                         labels, targets, valid)
+            logits, boxes = logits.flatten(0, 1)[None], boxes.flatten(0, 1)[None]  # as one layer
+            loss, terms = detection_loss(logits, boxes, labels, targets, valid)
             total = total + loss
         return total, terms
 
@@ -627,15 +639,17 @@ def matching_cost(logits, boxes, labels, targets):
     focal_1 = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
     focal_0 = 0.75 * p ** 2 * -(1 - p + 1e-8).log()
     l1 = torch.cdist(boxes, targets, p=1)
-    boxes, targets = (box_convert(x, "cxcywh", "xyxy") for x in (boxes, targets))
-    giou = generalized_iou(boxes[..., :, None, :], targets[..., None, :, :])
+    boxes_xyxy = box_convert(boxes, "cxcywh", "xyxy")[..., :, None, :]
+    targets_xyxy = box_convert(targets, "cxcywh", "xyxy")[..., None, :, :]
+    giou = generalized_iou(boxes_xyxy, targets_xyxy)
     return 2 * (focal_1 - focal_0) + 5 * l1 - 2 * giou
 
 
 @torch.no_grad()
 def match(logits, boxes, labels, targets):
     """The query of each target in every layer -> [L,B,M], -1 for padding and for targets that find
-    no query. With one target a frame, the usual case, this is an argmin on the device."""
+    no query. With at most one target in each frame of the batch, the usual case, this is an argmin
+    on the device."""
     # A NaN need not be told here: train.py stops at a loss that is not finite.
     cost = matching_cost(logits, boxes, labels, targets).nan_to_num(1e6)
     if labels.shape[-1] == 1:
@@ -653,9 +667,9 @@ def match(logits, boxes, labels, targets):
 
 
 def loss_divisor(count):
-    """What the sum of a loss over the boxes of this process is divided by: the boxes of all W
-    processes (at least 1) / W. DDP averages the gradients over W processes, so together the loss
-    is the sum over all boxes / the number of all boxes."""
+    """What the sum of a loss over the boxes of this process is divided by: the boxes of all
+    processes (at least 1) / the number of processes. DDP averages the gradients over processes,
+    so together the loss is the sum over all boxes / the number of all boxes."""
     total = count.detach().float().clone()
     if not dist.is_initialized():
         return total.clamp(min=1)

@@ -6,7 +6,8 @@
 
 Letters, the same in all files: Q clips that query, G images of a gallery, V IoU thresholds, B
 batch, T frames of a clip, N queries of a detector, K classes, D channels of an embedding, C of a
-token, P patches, R tokens of a clip. Boxes are xyxy in the pixels of the annotation.
+token, P patches, R tokens of a clip. Boxes are xyxy in the pixels of the annotation unless a name
+says cxcywh.
 """
 import contextlib
 import datetime
@@ -44,9 +45,9 @@ STAGES = ("sd", "md", "rice")
 # ---- AP and rank-k
 
 
-def take(side, rows):
-    """Some rows of true boxes or of detections."""
-    return {name: np.asarray(value)[rows] for name, value in side.items()}
+def select_rows(columns, rows):
+    """Some rows of true boxes or of detections, {name: [n,...]}."""
+    return {name: np.asarray(value)[rows] for name, value in columns.items()}
 
 
 def box_iou_rows(a, b):
@@ -57,16 +58,16 @@ def box_iou_rows(a, b):
     return overlap / np.maximum(areas - overlap, 1e-9)
 
 
-def pack(side, categories):
-    """One number for image and category; categories are -1 .. categories - 1."""
-    return side["image"] * (categories + 1) + side["category"] + 1
+def image_and_category(columns, categories):
+    """One number for both; categories are -1 .. categories - 1."""
+    return columns["image"] * (categories + 1) + columns["category"] + 1
 
 
 def rank_by_score(detections):
     """The place of each detection by score in its image and category, from 0."""
     image, category = detections["image"], detections["category"]
     order = np.lexsort((-detections["score"], category, image))
-    key = pack(detections, category.max(initial=-1) + 1)[order]
+    key = image_and_category(detections, category.max(initial=-1) + 1)[order]
     rank = np.empty(len(order), int)
     rank[order] = np.arange(len(order)) - np.searchsorted(key, key)
     return rank
@@ -79,7 +80,8 @@ def coco_match(truth, detections):
     box of the greatest IoU (of equal ones the last), then the second, and so on.
     """
     categories = 1 + max(truth["category"].max(), detections["category"].max(initial=-1))
-    truth_key, detection_key = pack(truth, categories), pack(detections, categories)
+    truth_key = image_and_category(truth, categories)
+    detection_key = image_and_category(detections, categories)
 
     # All pairs of a detection and a true box of the same image and category.
     by_key = np.argsort(truth_key, kind="stable")
@@ -119,8 +121,9 @@ def mean_precision(truth, detections, tp):
     for c, total in zip(*np.unique(truth["category"], return_counts=True)):
         hits = tp[:, order[category == c]].cumsum(1)
         precision = hits / np.arange(1, hits.shape[1] + 1)
-        precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]  # made to fall
-        precision = np.pad(precision, ((0, 0), (0, 1)))              # 0 at recalls not reached
+        # Interpolated: never lower than at a higher recall, and 0 at recalls that are not reached.
+        precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+        precision = np.pad(precision, ((0, 0), (0, 1)))
         at = [np.searchsorted(recall, np.linspace(0, 1, 101)) for recall in hits / total]
         per_category[c.item()] = np.take_along_axis(precision, np.array(at), 1).mean(1)
     mean = np.mean(list(per_category.values()), 0)                   # [V]
@@ -133,8 +136,8 @@ def average_precision(truth, detections):
     detections: the same and "score" -> {"AP", "AP50", "AP75", "per_category"} in 0..1."""
     if not len(truth["image"]):
         raise ValueError("average_precision: no true box")
-    truth, detections = take(truth, slice(None)), take(detections, slice(None))
-    detections = take(detections, rank_by_score(detections) < 100)   # COCO counts no more
+    truth, detections = select_rows(truth, slice(None)), select_rows(detections, slice(None))
+    detections = select_rows(detections, rank_by_score(detections) < 100)  # COCO counts no more
     return mean_precision(truth, detections, coco_match(truth, detections))
 
 
@@ -275,7 +278,7 @@ def run_methods(model, frames, padding_mask, valid, with_t1):
     queries, logits, boxes, *memory = model.run_sd(frames, padding_mask)
     answers = {"sd": (logits, boxes)}
     if with_t1:
-        alone = [x.flatten(0, 1)[:, None] for x in (queries, logits, boxes)]
+        alone = [x.flatten(0, 1)[:, None] for x in (queries, logits, boxes)]      # [B*T,1,N,.]
         each_frame = torch.ones(valid.numel(), 1, dtype=torch.bool, device=valid.device)
         all_logits, all_boxes = model.run_ttm(*alone, *memory, each_frame)
         answers["md_t1"] = [last.unflatten(0, valid.shape)[:, :, 0]      # [B,T,k,.]
@@ -441,7 +444,7 @@ def table_1(rows, split, categories):
     parts = {name: np.array([video_id in ids for video_id in split.video_ids])[rows["clip"]]
              for name, ids in split.subsets.items()}
     results, readable = {}, np.flatnonzero(rows["sd"][:, 4] >= 0)
-    for method in rows.dtype.names[2:]:
+    for method in rows.dtype.names[2:]:                       # after clip and frame
         box = rows[method][readable]
         found = {"image": readable, "category": box[:, 5].astype(int), "box_xyxy": box[:, :4],
                  "score": box[:, 4]}
@@ -462,8 +465,10 @@ def table_1_row(truth, detections, parts):
     columns = {"AP": 100 * ap["AP"], "AP50": 100 * ap["AP50"], "AP75": 100 * ap["AP75"]}
     for name, part in parts.items():
         t, d = part[truth["image"]], part[detections["image"]]
-        ap = mean_precision(take(truth, t), take(detections, d), tp[:, d]) if t.any() else None
-        columns[name] = 100 * ap["AP50"] if ap else None
+        columns[name] = None
+        if t.any():
+            ap = mean_precision(select_rows(truth, t), select_rows(detections, d), tp[:, d])
+            columns[name] = 100 * ap["AP50"]
     return columns
 
 
@@ -495,6 +500,7 @@ class Embedder:
         self.config, self.device = checkpoint["config"], device
         self.tokenizer = data.Tokenizer(checkpoint["tokenizer"], self.config.text_length)
         self.model = model or load_model(checkpoint, device)
+        self.has_pmd = "pmd" in self.config.losses
 
     @torch.no_grad()
     def embed(self, dataset, items, encode):
@@ -545,10 +551,10 @@ class Embedder:
 
     @torch.no_grad()
     def similarity(self, clip, image, clip_tokens, image_tokens, padding_mask):
-        """{"icl": [Q,G], "pmd": [Q,G], "fused": [Q,G]}. The PMD scores the first `rerank` images of
-        each clip by ICL; the others have -inf."""
+        """{"icl": [Q,G], "pmd": [Q,G], "fused": [Q,G]}, "icl" alone without the PMD. It scores the
+        first `rerank` images of each clip by ICL; the others have -inf."""
         icl = self.model.scale() * clip @ image.T
-        if "pmd" not in self.config.losses:
+        if not self.has_pmd:
             return {"icl": icl}
         pmd = torch.full_like(icl, -math.inf)
         best = icl.argsort(dim=1, descending=True, stable=True)[:, :self.config.rerank]
@@ -613,7 +619,8 @@ def table_2(checkpoint, split, folder, device, model=None, own_source=False):
         ranked[live] = rank_live(embedder, split, live, clips_of[live], sources)
     for part in all_gather_object(ranked):
         ranked |= part
-    for source, score in itertools.product(sources, ranked[served[0]]["similarity"][own]):
+    scores = list(SCORES) if embedder.has_pmd else ["icl"]
+    for source, score in itertools.product(sources, scores):
         results.setdefault(source, {})[score] = table_2_row(ranked, split, source, score)
     counts = {"clips": len(split), "lives": len(clips_of), "source": own} | count_all(ranked)
     counts["without"] = len(split) - counts.pop("ranked")
@@ -634,8 +641,8 @@ def table_2_row(ranked, split, source, score):
 
 
 def count_all(ranked):
-    """Clips that were ranked, what was missing in all lives, the mean size of a gallery, and the
-    chance of R1 in percent."""
+    """Clips that were ranked, what was missing in all lives, the mean size of a gallery, and R1 in
+    percent by chance, for one true image a clip and the mean live."""
     sizes, added_up = [], ("missing", "missing images", "untitled")
     counts = dict.fromkeys(("ranked", "no true image", *added_up), 0)
     for live in ranked.values():
@@ -650,27 +657,35 @@ def count_all(ranked):
 
 def show(result, markdown=False):
     """Print Table 1 or 2 beside the paper's rows, and remarks on what was missing."""
-    counts, of_rice, rows = result["counts"], result["stage"] == "rice", []
-    title = ("Table 1, one box a frame ({clips} clips, {frames} frames, {boxes} boxes, missing="
-             "{missing}); AP50 from the fourth column on")
-    if of_rice:
-        title = ("Table 2, rank-k in the gallery of each live ({clips} clips, {lives} lives, "
-                 "{gallery:.1f} images a gallery, missing={missing}, missing images="
-                 "{missing images})")
-    print(f"\n{title.format(**counts)}\n")
-    names = SCORES | {"pmd": f"PMD on the first {result['config'].get('rerank')}"}
-    header = COLUMNS_1
-    for source_or_method, group in result["results"].items():
-        for score_or_kind, columns in group.items():
-            name = f"{METHODS.get(source_or_method)}, {score_or_kind}"
-            if of_rice:
-                name, header = f"{SOURCES[source_or_method]}, {names[score_or_kind]}", columns
-            rows.append((name, *columns.values()))
-    rows += [("chance of R1", counts["chance"]), *PAPER_2] if of_rice else PAPER_1
-    print(table(("", *header), rows, markdown))
+    print(show_table_2(result, markdown) if result["stage"] == "rice" else
+          show_table_1(result, markdown))
     for name, text in REMARKS.items():
-        if counts.get(name):
-            print(text.format(counts[name]))
+        if result["counts"].get(name):
+            print(text.format(result["counts"][name]))
+
+
+def show_table_1(result, markdown):
+    """Title and lines of Table 1."""
+    rows = []
+    for method, kinds in result["results"].items():
+        for kind, columns in kinds.items():
+            rows.append((f"{METHODS[method]}, {kind}", *columns.values()))
+    title = ("Table 1, one box a frame ({clips} clips, {frames} frames, {boxes} boxes, missing="
+             "{missing}); AP50 from the fourth column on").format(**result["counts"])
+    return f"\n{title}\n\n{table(('', *COLUMNS_1), rows + PAPER_1, markdown)}"
+
+
+def show_table_2(result, markdown):
+    """Title and lines of Table 2."""
+    names, rows = SCORES | {"pmd": f"PMD on the first {result['config']['rerank']}"}, []
+    for source, scores in result["results"].items():
+        for score, columns in scores.items():
+            rows.append((f"{SOURCES[source]}, {names[score]}", *columns.values()))
+    rows += [("chance of R1", result["counts"]["chance"]), *PAPER_2]
+    title = ("Table 2, rank-k in the gallery of each live ({clips} clips, {lives} lives, "
+             "{gallery:.1f} images a gallery, missing={missing}, missing images={missing images})")
+    header = "", *columns
+    return f"\n{title.format(**result['counts'])}\n\n{table(header, rows, markdown)}"
 
 
 # ---- one checkpoint, several
@@ -744,9 +759,11 @@ def show_seeds(results, markdown=False):
             differing.append(name)
     for result in results:
         fields = [f"{name}={result['config'].get(name)}" for name in differing]
-        scores = result["results"].get(result["counts"].get("source"), result["results"])
+        if result["stage"] == "rice":
+            scores = result["results"][result["counts"]["source"]]
+        else:
+            scores = {name: row["class-agnostic"] for name, row in result["results"].items()}
         for score, columns in scores.items():
-            columns = columns.get("class-agnostic", columns)
             name = " ".join([*fields, (SCORES | METHODS)[score]])
             groups.setdefault(name, []).append(columns.values())
     for name, seeds in groups.items():

@@ -16,6 +16,7 @@ patches of a picture, S tokens, R = T*(1+P)+1 tokens of a clip that others atten
 a text, n negatives. A `padding_mask` is True where there is nothing, `valid` where there is
 something.
 """
+import functools
 import math
 from collections import OrderedDict
 
@@ -80,8 +81,7 @@ class Transformer(nn.Module):
 def conv_stem(width):
     """Convolutions in place of a patch projection, 16 pixels a patch: with them a small ViT learns
     far faster from scratch."""
-    def norm(channels):
-        return nn.GroupNorm(8, channels)
+    norm = functools.partial(nn.GroupNorm, 8)
 
     def downsample(inputs, outputs):
         shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2, bias=False), norm(outputs))
@@ -103,11 +103,12 @@ class ViT(nn.Module):
 
     def __init__(self, width=768, layers=12, heads=12, patch=32, size=224, dim=512):
         super().__init__()
-        if width % heads or width % 8 or size % (patch or 16):
+        stride = patch or 16
+        if width % heads or width % 8 or size % stride:
             raise ValueError(f"width {width}, heads {heads}, size {size}, patch {patch}: expected "
                              "a width in multiples of 8 and the heads, a size in multiples of the "
                              "patch (of 16 when that is 0)")
-        self.grid = size // (patch or 16)
+        self.grid = size // stride
         scale = width ** -0.5
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False) if patch else conv_stem(width)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
@@ -207,10 +208,10 @@ def icl_loss(clip, image, scale, product_id=None):
         clip_logits = scale * clip @ all_gather_with_grad(image).T  # [B,A]
         image_logits = scale * image @ all_gather_with_grad(clip).T  # [B,A]
     if product_id is not None:
-        same = product_id[:, None] == all_gather_with_grad(product_id)[None]  # [B,A]
-        same = same.scatter(1, targets[:, None], False)        # the pair itself stays
-        clip_logits = clip_logits.masked_fill(same, -math.inf)  # [B,A]
-        image_logits = image_logits.masked_fill(same, -math.inf)  # [B,A]
+        false_negative = product_id[:, None] == all_gather_with_grad(product_id)[None]  # [B,A]
+        false_negative = false_negative.scatter(1, targets[:, None], False)  # [B,A]
+        clip_logits = clip_logits.masked_fill(false_negative, -math.inf)  # [B,A]
+        image_logits = image_logits.masked_fill(false_negative, -math.inf)  # [B,A]
     return (F.cross_entropy(clip_logits, targets) + F.cross_entropy(image_logits, targets)) / 2
 
 
@@ -222,8 +223,9 @@ def sample_negatives(similarity, image_product, clip_product, count, hard=True, 
 
     similarity [B,A]: scaled ICL similarity of image and clip; products [B] and [A] -> clips [B,n],
     valid [B,n] (False: there were too few). The chance of a clip is proportional to
-    exp(similarity) when `hard`, else equal: the highest of log-probability + Gumbel noise [B,A] are
-    such a draw (Gumbel top-k). noise: of RICE.candidates, the same for any number of processes.
+    exp(similarity) when `hard`, else equal. Adding Gumbel noise [B,A] to the log-probabilities
+    and taking the highest n draws n clips without replacement (Gumbel top-k). RICE.candidates
+    gives noise that is the same for any number of processes.
     """
     noise = gumbel_noise(similarity.shape).to(similarity.device) if noise is None else noise
     score = similarity.detach().float() + noise if hard else noise  # [B,A]
@@ -244,12 +246,13 @@ def gumbel_noise(shape, seed=None):
 
 
 class MatchLayer(nn.Module):
-    """Image tokens attend to each other, then to the tokens of a clip, then pass an MLP; pre-norm.
+    """Image tokens attend to each other (in PMD.forward), then to the tokens of a clip, then pass
+    an MLP; pre-norm.
 
     Cross-attention starts "tied": query and key are the same multiple of the identity, the value is
-    the identity and the output its negative, with a little noise. So at the start each image token
-    attends to the clip token most like it, and the layer gives their difference. From a random
-    start the PMD does not learn to compare in a short training.
+    the identity and the output its negative, with a little noise. So at the start an image token
+    attends most to the clip tokens like it, and they are subtracted from it: what is left is the
+    difference. From a random start the PMD does not learn to compare in a short training.
     """
 
     def __init__(self, width, heads):
@@ -266,7 +269,8 @@ class MatchLayer(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def cross_attend(self, x, key, value, padding_mask):
-        """x [B,S,C], key and value [B,R,C], padding_mask [B,R] -> x, weights [B,heads,S,R]."""
+        """Cross-attention and MLP: x [B,S,C], key and value [B,R,C], padding_mask [B,R] -> x,
+        weights [B,heads,S,R]."""
         query, key, value = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
                              for y in (self.query(self.ln_2(x)), key, value))
         logits = (query @ key.mT).float() / math.sqrt(query.shape[-1])
@@ -280,8 +284,8 @@ class PMD(nn.Module):
     """Pairwise matching decoder: does this clip show the product of this image?
 
     image_tokens [B,S,C], clip_tokens [A,R,C], padding_mask [A,R], candidates [B,1+n] (which clips
-    each image is compared with, the true one first) -> score [B,1+n], and the attention weights
-    of the last layer for column 0 [B,heads,S,R].
+    each image is compared with, in training the true one first) -> score [B,1+n], and the
+    attention weights of the last layer for column 0 [B,heads,S,R].
     """
 
     def __init__(self, width, heads, layers=2):
@@ -292,15 +296,16 @@ class PMD(nn.Module):
 
     def forward(self, image_tokens, clip_tokens, padding_mask, candidates):
         x, clip = self.ln_image(image_tokens), self.ln_clip(clip_tokens)  # [B,S,C], [A,R,C]
-        pair_clip, per_image = candidates.flatten(), candidates.shape[1]  # [B*(1+n)]
+        pairs_per_image = candidates.shape[1]
+        clip_of_pair = candidates.flatten()  # [B*(1+n)]
         for i, layer in enumerate(self.layers):
             x = x + self_attend(layer.self_attn, layer.ln_1(x))  # [.,S,C]
             if i == 0:      # until here all pairs of an image are alike
-                x = x.repeat_interleave(per_image, 0)  # [B*(1+n),S,C]
+                x = x.repeat_interleave(pairs_per_image, 0)  # [B*(1+n),S,C]
             # A clip stands in many pairs, so its tokens are projected before they are gathered.
-            key = layer.key(clip)[pair_clip]  # [B*(1+n),R,C]
-            value = layer.value(clip)[pair_clip]  # [B*(1+n),R,C]
-            x, weights = layer.cross_attend(x, key, value, padding_mask[pair_clip])
+            key = layer.key(clip)[clip_of_pair]  # [B*(1+n),R,C]
+            value = layer.value(clip)[clip_of_pair]  # [B*(1+n),R,C]
+            x, weights = layer.cross_attend(x, key, value, padding_mask[clip_of_pair])
         score = self.score(self.ln_out(x.mean(1))).view(candidates.shape)  # [B,1+n]
         return score, weights.unflatten(0, candidates.shape)[:, 0]  # [B,1+n], [B,heads,S,R]
 
@@ -319,7 +324,8 @@ def pmd_loss(score, valid=None):
 
 def pfr_loss(attention_weights, head, clip_patches, image_patches, padding_mask):
     """Patch feature reconstruction: mean squared error of the image's patches, rebuilt from the
-    clip's by the attention weights of the true pair.
+    clip's. The weights are the attention weights of the true pair, made one map by `head`, and a
+    softmax; RICE.patch_reconstruction_loss says which tokens take part.
 
     attention_weights [B,heads,P,T*P], head: heads -> 1 channels by 1x1 convolutions, clip_patches
     [B,T*P,C], image_patches [B,P,C], padding_mask [B,T*P]. Both features are detached; otherwise

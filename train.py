@@ -19,6 +19,7 @@ import math
 import textwrap
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def config_field(default, text, choices=None, group=None):
 @dataclass
 class Config:
     """All that decides a run of one stage; the defaults are the paper's where it gives a value."""
-    stage: str = config_field("sd", "stages to train", ("sd", "md", "rice", "all"), "run")
+    stage: str = config_field("all", "stages to train", ("sd", "md", "rice", "all"), "run")
     preset: str = config_field("tiny", "sizes and recipe", ("tiny", "paper"))
     data: str = config_field(RENDERED, "data folder; this one is rendered")
     out: str = config_field("", "run folder [runs/PRESET; with --overfit runs/overfit]")
@@ -157,7 +158,7 @@ def configure(given, stage):
     sizes = "--vit-width, --vit-heads, --vit-patch, --image-size" if stage == "rice" else "--dim"
     # Building the model raises where sizes do not fit. On "meta" it takes no memory.
     with data.expecting(f"{sizes}: do not fit together"), torch.device("meta"):
-        evaluation.build_model(config, 1, 600)
+        evaluation.build_model(config, classes=1, vocab=600)
     return config
 
 
@@ -174,8 +175,8 @@ class Stage:
     model: nn.Module
     extras: dict                # what a checkpoint holds besides weights
     dataset: torch.utils.data.Dataset
-    order: callable             # rng -> the items of an epoch
-    collate: callable = None
+    epoch_order: Callable       # random generator -> the items of an epoch
+    collate: Callable = None    # items -> batch; None: PyTorch's own
 
 
 def build_stage(config, saved, device):
@@ -226,8 +227,9 @@ def build_rice(config, split, saved, device):
                               "categories": detector["categories"]}
         rows = evaluation.predict_boxes(detector, split, config.detector_dir, device, False)
         boxes = evaluation.boxes_by_clip(rows, config.box_source, len(split))
-    dataset = data.ClipDataset(split, tokenizer, config.train_frames, config.image_size, boxes,
-                               True, config.seed, config.text, not config.overfit, config.crop)
+    dataset = data.ClipDataset(
+        split, tokenizer, config.train_frames, config.image_size, boxes, train=True,
+        seed=config.seed, text=config.text, augment=not config.overfit, crop=config.crop)
     order = data.grouped_epoch_order(split.live[dataset.clips], config.per_live)
     return Stage(model, extras, dataset, order)
 
@@ -307,10 +309,10 @@ def lr_factor(step, config):
 
 
 def forward_backward(module, optimizer, batch, config, device, step):
-    """The gradient of a batch, in --accum parts one after the other -> loss and {term: value} of
+    """The gradient of a batch, in --accum parts one after the other -> loss, and {term: value} of
     the last part."""
     optimizer.zero_grad()
-    size = len(batch["clip"]) // config.accum
+    size, total = len(batch["clip"]) // config.accum, 0.0
     for n in range(config.accum):
         part = {name: value[n * size:(n + 1) * size] for name, value in batch.items()}
         defer_sync = n + 1 < config.accum and isinstance(module, DistributedDataParallel)
@@ -318,7 +320,8 @@ def forward_backward(module, optimizer, batch, config, device, step):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss, terms = module(to_device(part, config, device, step * config.accum + n))
             (loss / config.accum).backward()
-    return loss.detach(), terms
+        total += loss.detach() / config.accum
+    return total, terms
 
 
 # ---- the loop
@@ -346,7 +349,7 @@ def train(config, rank, world, device):
     if world > 1:
         module = DistributedDataParallel(module, [device] if device.type == "cuda" else None)
     batches = data.training_batches(
-        stage.order, config.batch, config.steps, start, config.seed, rank, world)
+        stage.epoch_order, config.batch, config.steps, start, config.seed, rank, world)
     loader = data.make_loader(stage.dataset, batches, config.workers, device, stage.collate)
     bar = data.progress_bar(text=f"train {config.stage}", show=rank == 0,
                             total=config.steps * config.batch, initial=start * config.batch,
@@ -572,9 +575,10 @@ def run(given):
     results = json.loads(path.read_text()) if path.exists() else {}
     for config in configs:
         trained, file = train(config, rank, world, device), f"{config.out}/{config.stage}.pt"
-        result = results.get(config.stage)
-        if not trained and result and (
-                result["files"] == evaluation.stamp_of_files(root, result["split"])):
+        result, unchanged = results.get(config.stage), False
+        if result and not trained:
+            unchanged = result["files"] == evaluation.stamp_of_files(root, result["split"])
+        if unchanged:
             if rank == 0:
                 print(f"{config.stage}: done before ({file})")
                 evaluation.show(result)
@@ -616,7 +620,7 @@ def main(argv=None):
     for item in dataclasses.fields(Config):
         about, default = item.metadata, default_text(item.metadata["default"])
         group = parser.add_argument_group(about["group"]) if about["group"] else group
-        default, choices = "all" if item.name == "stage" else default, about["choices"] or ()
+        choices = about["choices"] or ()
         text = about["help"] + (f": {' | '.join(choices)}" if 0 < len(choices) < 5 else "")
         group.add_argument(flag_of(item.name), type=int_list if item.type is list else item.type,
                            metavar="X", choices=about["choices"], default=argparse.SUPPRESS,

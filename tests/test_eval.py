@@ -130,7 +130,7 @@ def test_tables_line_up_and_seeds_make_one_row(capsys):
     for seed, r1, negatives in ((0, 25.0, "rand"), (1, 50.0, "rand"), (0, 80.0, "hard")):
         methods = {"true": {}, "md": {"icl": {"R1": r1, "R5": 75.0, "R10": None}}}
         results.append({"config": {"seed": seed, "out": f"runs/{seed}", "negatives": negatives},
-                        "counts": {"source": "md"}, "results": methods})
+                        "stage": "rice", "counts": {"source": "md"}, "results": methods})
     evaluation.show_seeds(results, markdown=True)
     head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]]
                        for line in capsys.readouterr().out.splitlines()[-4:])

@@ -27,7 +27,7 @@ def model_and_batch(stage, livestreams, run_one):
     checkpoint = evaluation.load_checkpoint(run_one / f"{stage}.pt")
     stage = train.build_stage(config, checkpoint, CPU)
     stage.model.load_state_dict(checkpoint["model"])
-    items = [stage.dataset[key] for key in next(iter(data.training_batches(stage.order, 4, 1)))]
+    items = [stage.dataset[key] for key in next(iter(data.training_batches(stage.epoch_order, 4, 1)))]
     return stage.model.train(), config, (stage.collate or default_collate)(items)
 
 
