@@ -311,7 +311,8 @@ class LPRSplit:
             self._index_training_files(heed_skip)
         else:
             self._read_evaluation_files()
-        require(len(self), f"{self.annotations}: no clips in the {name} split")
+        why = "".join(f" ({note})" for note in self.notes)
+        require(len(self), f"{self.annotations}: no clips in the {name} split{why}")
 
     def __len__(self):
         return len(self.lengths)
@@ -1223,6 +1224,7 @@ def check(root, decode=False, processes=None):
     skip_file = root / "annotations" / "skip.txt"
     for name, start in (("train", "training_"), ("val", "val_"), ("test", "test_")):
         if not any(skip_file.parent.glob(f"{start}*")):
+            print(f"{name}: no files {start}*")
             continue
         split = LPRSplit(root, name, heed_skip=False)
         categories = split.categories if name == "train" else categories
@@ -1278,8 +1280,9 @@ def _check_clips(root, name, categories, decode, start):
             images = split.galleries.get(live_of(video_id), [])
             counts["galleries"] += 1
             if not set(images) & set(clip.image_ids):
-                found.append(("galleries", f"{video_id}: its live's gallery ({len(images)} images) "
-                              f"holds none of its true images {clip.image_ids}", video_id))
+                live = f"its live {live_of(video_id)!r} ({len(images)} images)"
+                found.append(("galleries", f"{video_id}: the gallery of {live} holds none of its "
+                              f"true images {clip.image_ids}", video_id))
             images = [image_id for image_id in images if image_id not in looked_at]
             looked_at.update(images)            # a gallery is looked at once, not once a clip
         for image_id in images:
@@ -1602,7 +1605,8 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(command, text, **arguments):
-        part = commands.add_parser(command.__name__, help=text, description=text)
+        part = commands.add_parser(command.__name__, help=text,
+                                   description=text.replace("%%", "%"))
         part.set_defaults(command=command)
         for name, about in arguments.items():
             part.add_argument(name, help=about)

@@ -778,15 +778,12 @@ def show_seeds(results, markdown=False):
 # ---- near-duplicates
 
 
-def duplicates(path, data_dir, threshold, out=None):
-    """Groups of shop images, [[id, ...], ...], whose cosine exceeds the threshold (supplement, 5):
-    printed, and written to duplicates.txt in `out` or the data folder as image<TAB>image it
-    repeats."""
-    checkpoint, groups = load_checkpoint(path), {}
-    require(checkpoint["config"].stage == "rice",
-            f"--duplicates: {path} is no checkpoint of --stage rice")
-    root = Path(data_dir or checkpoint["config"].data)
-    photos = {file.stem: file for file in picture_paths(root / "images")}
+def duplicates(checkpoint, folder, threshold, out="runs"):
+    """Groups of the pictures below a folder, [[name, ...], ...], whose cosine by RICE exceeds the
+    threshold (supplement, 5): printed, and written to OUT/duplicates.txt as picture<TAB>picture
+    that it repeats."""
+    require(checkpoint["config"].stage == "rice", "--duplicates: expected a --ckpt of --stage rice")
+    photos, groups = photos_of(folder), {}
     names, feature, _ = Embedder(checkpoint, pick_device()).embed_photos(photos, {}, tokens=False)
     first = np.arange(len(names))
     for start in progress_bar(range(0, len(names), 1024), "compare"):
@@ -798,12 +795,12 @@ def duplicates(path, data_dir, threshold, out=None):
         groups.setdefault(group, []).append(name)
     groups = [group for group in groups.values() if len(group) > 1]
     lines = [f"{name}\t{group[0]}\n" for group in groups for name in group[1:]]
-    file = Path(out or root) / "duplicates.txt"
+    file = Path(out) / "duplicates.txt"
     file.parent.mkdir(parents=True, exist_ok=True)
     data.write_text(file, "".join(lines))
     for group in groups[:20]:
         print("  ".join(group[:8]))
-    print(f"{len(names)} images, {len(groups)} groups, {len(lines)} to drop: {file}")
+    print(f"{folder}: {len(names)} images, {len(groups)} groups, {len(lines)} to drop: {file}")
     return groups
 
 
@@ -1000,12 +997,17 @@ def picture_paths(folder):
     return by_number(good)
 
 
-def tab_rows(path, key):
-    """[(key, text)] of a file of rows key<TAB>text; key: a regular expression."""
+def photos_of(folder):
+    """{name: path} of the pictures below a folder; the name is the path from there."""
+    return {path.relative_to(folder).as_posix(): path for path in picture_paths(folder)}
+
+
+def tab_rows(path, key, kind):
+    """[(key, text)] of a file of rows key<TAB>text; key: a regular expression, kind: its name."""
     rows = []
     for number, line in enumerate(data.read_text(path).split("\n") if path else [], 1):
         row = re.fullmatch(rf"\s*({key})\s*\t(.*)", line)
-        require(row or not line.strip(), f"{path}: row {number} is not photo or seconds<TAB>text")
+        require(row or not line.strip(), f"{path}: row {number}: expected {kind}, a tab, the text")
         if row:
             rows.append((row[1], row[2].strip()))
     return rows
@@ -1072,8 +1074,8 @@ def recognise(path, args):
     require(config.stage == "rice" and config.box_source != "true" and args.shop,
             "--live needs --shop FOLDER and a --ckpt of --stage rice; not one trained with "
             "--box-source true, for a live has no true boxes")
-    said, titles = tab_rows(args.asr, r"\d+\.?\d*"), dict(tab_rows(args.titles, ".*?"))
-    photos = {path.relative_to(args.shop).as_posix(): path for path in picture_paths(args.shop)}
+    said = tab_rows(args.asr, r"\d+\.?\d*", "seconds")
+    photos, titles = photos_of(args.shop), dict(tab_rows(args.titles, ".*?", "a photo"))
     titles = {name: titles.get(name, titles.get(Path(name).stem, "")) for name in photos}
     if args.titles:
         count = sum(map(bool, titles.values()))
@@ -1081,6 +1083,8 @@ def recognise(path, args):
     ranker, stream = LiveRanker(checkpoint, photos, titles), live_frames(args.live, args.every)
     frames = list(itertools.islice(stream, args.window))
     require(frames, f"--live {args.live}: no frame in it")
+    print(f"an answer is of {args.window} frames, {args.every * args.window:g} seconds (--every, "
+          "--window), with its score: the higher, the surer")
     out.mkdir(parents=True, exist_ok=True)
     start, heard = 0.0, 0
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
@@ -1112,27 +1116,36 @@ def recognise(path, args):
 # ---- the command
 
 
-def newest_checkpoints():
-    """The finished checkpoints of the newest run folder below runs/."""
+def finished_checkpoints(folder):
+    """The finished checkpoints of a run folder, "" for the newest below runs/."""
     found, finished = sorted(Path("runs").glob("*/*.pt"), key=os.path.getmtime), []
-    for stage in STAGES if found else ():
-        path = found[-1].with_name(f"{stage}.pt")
+    if not folder and found:
+        folder = found[-1].parent
+    for stage in STAGES if folder else ():
+        path = Path(folder) / f"{stage}.pt"
         checkpoint = load_checkpoint(path) if path.exists() else None
         if checkpoint and checkpoint["step"] == checkpoint["config"].steps:
             finished.append(str(path))
-    require(finished, "--ckpt: no finished checkpoint below runs/; `python train.py` makes one")
+    require(finished, f"--ckpt: no finished checkpoint in {folder or 'runs/'}; `python train.py` "
+            "makes one")
     return finished
 
 
 def run(args):
-    paths = [path for given in args.ckpt for path in sorted(glob.glob(given)) or [given]]
-    paths = paths or newest_checkpoints()
+    paths = []
+    for given in args.ckpt or [""]:
+        if not given or Path(given).is_dir():
+            paths += finished_checkpoints(given)
+        else:
+            paths += sorted(glob.glob(given)) or [given]
     if args.live:
         return recognise(paths[-1], args)
     require(args.rerank is None or args.rerank >= 10,
             f"--rerank {args.rerank}: expected 10 or more, for R10")
     if args.duplicates is not None:
-        return duplicates(paths[-1], args.data, args.duplicates, args.out)
+        checkpoint = load_checkpoint(paths[-1])
+        folder = args.shop or f"{args.data or checkpoint['config'].data}/images"
+        return duplicates(checkpoint, folder, args.duplicates, args.out or "runs")
     settings = args.data, args.split, args.out, args.workers, args.rerank
     results, looks = zip(*[evaluate(path, *settings) for path in paths])
     other = evaluate(args.compare, *settings)[1] if args.compare else None
@@ -1162,8 +1175,8 @@ def main(argv=None):
     parser = data.Parser(usage="eval.py [--FLAG VALUE ...]", description=(
         "Evaluate checkpoints of train.py: Table 1 for a detector, Table 2 for RICE."))
     add = parser.add_argument_group("tables").add_argument
-    add("--ckpt", nargs="*", default=[], metavar="X", help="checkpoints; of several: means "
-        "over seeds [the newest run's]")
+    add("--ckpt", nargs="*", default=[], metavar="X", help="checkpoints or run folders; means over "
+        "seeds [newest run]")
     add("--data", metavar="DIR", help="data folder in the LPR4M layout [that of the training]")
     add("--split", default="test", choices=["test", "val"], help="which lives [test]")
     add("--out", metavar="DIR", help="folder of boxes and answers [the run's; runs/live]")
@@ -1175,11 +1188,12 @@ def main(argv=None):
     add("--pictures", metavar="DIR", help="draw the clips it gets most wrong, and training curves")
     add("--n", type=int, default=20, metavar="N", help="clips on a sheet [20]")
     add("--compare", metavar="FILE", help="draw where this checkpoint is worse instead")
-    add = parser.add_argument_group("shop images that repeat each other").add_argument
-    add("--duplicates", type=float, metavar="C", help="list those of a higher cosine than this")
+    add = parser.add_argument_group("a list of images that repeat each other").add_argument
+    add("--duplicates", type=float, metavar="C", help="a higher cosine than this, such as 0.9, in "
+        "--shop or --data")
     add = parser.add_argument_group("a live, instead of tables").add_argument
     add("--live", metavar="PATH", help="a video, or a folder with a frame a second")
-    add("--shop", metavar="DIR", help="the photos that it is ranked against")
+    add("--shop", metavar="DIR", help="a folder of photos that it is ranked against")
     add("--titles", metavar="FILE", help="their titles, rows of photo<TAB>title")
     add("--asr", metavar="FILE", help="what is said, rows of seconds<TAB>text")
     add("--every", type=float, default=10, metavar="S", help="seconds between frames [10]")

@@ -248,8 +248,9 @@ def load_finished(config, stage):
     """The checkpoint of an earlier stage at its last step; BadInput says how to get there."""
     path = f"{config.detector_dir}/{stage}.pt"
     command = f"`train.py --stage {stage} --preset {config.preset} --data {config.data}`"
+    others = "--detector-dir" if config.stage == "md" else "--detector-dir or --box-source none"
     require(Path(path).exists(), f"{path}: missing; --stage {config.stage} needs a trained "
-            f"{stage.upper()}: run {command} first")
+            f"{stage.upper()}: run {command} first, or give {others}")
     checkpoint = evaluation.load_checkpoint(path)
     step, steps = checkpoint["step"], checkpoint["config"].steps
     require(step == steps, f"{path}: at step {step} of {steps}; finish it by {command}")
@@ -519,7 +520,8 @@ def load_public_weights(model, path):
     wrong += [key for key in state if key not in own and not key.endswith("num_batches_tracked")]
     require(not wrong, f"{path}: missing, left over or of another shape: {', '.join(wrong[:8])}")
     model.load_state_dict(loaded, strict=False)
-    return f"{path}: loaded {len(loaded)} tensors; made anew: {', '.join(anew) or 'none'}"
+    return (f"{path}: loaded {len(loaded)} tensors; made anew for other classes or words: "
+            f"{', '.join(anew) or 'none'}")
 
 
 # ---- the command

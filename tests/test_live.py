@@ -98,8 +98,11 @@ def test_pictures_are_drawn_and_near_duplicates_found(run_one, livestreams, tmp_
     shutil.copytree(livestreams / "images", tmp_path / "images")
     one, two, *_ = sorted((tmp_path / "images").iterdir())
     shutil.copy(one, tmp_path / "images" / "copy.jpg")
-    groups = map(set, evaluation.duplicates(run_one / "rice.pt", tmp_path, 0.9999))
-    assert [{one.stem, two.stem} & group for group in groups if "copy" in group] == [{one.stem}]
+    path, listed = str(run_one / "rice.pt"), tmp_path / "duplicates.txt"
+    for place in (["--shop", str(tmp_path / "images")], ["--data", str(tmp_path)]):
+        evaluation.main(["--ckpt", path, "--duplicates", "0.9999", "--out", str(tmp_path), *place])
+        rows = [set(row.split("\t")) for row in listed.read_text().splitlines()]
+        assert {one.name, "copy.jpg"} in rows and not any(two.name in row for row in rows)
 
 
 def video(path, *options):

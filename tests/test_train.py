@@ -400,11 +400,12 @@ def test_near_duplicates_are_listed(run_one, livestreams, tmp_path):
     shutil.copytree(livestreams / "images", tmp_path / "images")
     some = sorted((tmp_path / "images").iterdir())[3]
     shutil.copy(some, some.with_name("again.jpg"))
-    groups = evaluation.duplicates(run_one / "rice.pt", tmp_path, 0.99999)
-    first, second = sorted([some.stem, "again"])
+    checkpoint = evaluation.load_checkpoint(run_one / "rice.pt")
+    groups = evaluation.duplicates(checkpoint, tmp_path / "images", 0.99999, tmp_path)
+    first, second = sorted([some.name, "again.jpg"])
     assert [first, second] in groups and all(len(group) > 1 for group in groups)
     assert f"{second}\t{first}\n" in (tmp_path / "duplicates.txt").read_text()
-    assert evaluation.duplicates(run_one / "rice.pt", tmp_path, 1.0) == []
+    assert evaluation.duplicates(checkpoint, tmp_path / "images", 1.0, tmp_path) == []
 
 
 class Mixed(TorchDispatchMode):
@@ -503,7 +504,7 @@ def test_detector_weights_load_by_name_and_only_the_class_head_may_differ(tmp_pa
     saved = {f"module.{key}": value for key, value in state.items()}
     torch.save({"model": saved, "args": Namespace(lr=1)}, path)
     line = train.load_public_weights(ours, path)
-    assert line.endswith("made anew: class_embed.bias, class_embed.weight")
+    assert line.endswith("for other classes or words: class_embed.bias, class_embed.weight")
     for key, value in state.items():
         assert key.startswith("class_embed.") or torch.equal(ours.state_dict()[key], value)
     assert torch.equal(ours.class_embed.weight, head)
@@ -525,7 +526,7 @@ def test_our_own_checkpoints_load_with_other_classes_and_words(run_one):
         checkpoint = evaluation.load_checkpoint(run_one / f"{stage}.pt")
         model = evaluation.build_model(checkpoint["config"], 3, 700)
         line = train.load_public_weights(model, run_one / f"{stage}.pt")
-        assert line.endswith(f"made anew: {anew}")
+        assert line.endswith(f"or words: {anew}")
         for key, value in checkpoint["model"].items():
             assert key in anew or torch.equal(model.state_dict()[key], value)
 

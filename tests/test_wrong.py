@@ -200,7 +200,7 @@ DATA = [
 ]
 RUN = [
     ("no such checkpoint", "eval --ckpt @/run/md2*.pt", nothing, "md2*.pt: no such checkpoint"),
-    ("none named, none there", "eval --ckpt", nothing, "no finished checkpoint below runs/"),
+    ("none named, none there", "eval --ckpt", nothing, "no finished checkpoint in runs/"),
     ("a torn checkpoint", TABLE1, write("run/sd.pt", half), "sd.pt: not a checkpoint of train.py"),
     ("weights alone", TABLE1, save("run/sd.pt", torch.nn.Linear(2, 2).state_dict),
      "sd.pt: not a checkpoint of train.py"),
@@ -248,8 +248,8 @@ RUN = [
     ("a live without shop", f"{TABLE2} --live @/data/frames", nothing, "--shop FOLDER"),
     ("a live that is not there", f"{LIVE} --live @/no.mp4", nothing, "no.mp4: no such file or folder"),
     ("a shop that is not there", f"{LIVE} --shop @/shop", nothing, "shop: no such file or folder"),
-    ("titles without a tab", f"{LIVE} --titles @/rows.txt", texts, "rows.txt: ... 2 ... <TAB>"),
-    ("seconds as a clock", f"{LIVE} --asr @/clock.txt", texts, "clock.txt: ... 1 ... <TAB>"),
+    ("titles without a tab", f"{LIVE} --titles @/rows.txt", texts, "rows.txt: ... 2 ... a photo, a tab"),
+    ("seconds as a clock", f"{LIVE} --asr @/clock.txt", texts, "clock.txt: ... 1 ... seconds, a tab"),
     ("a video without ffmpeg", f"{LIVE} --live @/clock.txt", also(texts, without_programs),
      "clock.txt: a video needs the program ffmpeg"),
     *((f"{f} 0", f"{LIVE} {f} 0", nothing, f) for f in ("--every", "--window", "--top")),
