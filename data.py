@@ -14,7 +14,8 @@ DIR/annotations holds (SPLIT: test or val)
     SPLIT_videoid_to_gtimage_*.json      {video_id: [image_id, ...]}
     SPLIT_frameid2gtbox_*.json           {frame_id: [[x1, y1, x2, y2(, category)], ...]}
     SPLIT_liveid_to_gallery_*.json       {live_id: [image_id, ...]}
-    SPLIT_{scale,duration,number}_{value}.txt, SPLIT_case_{name}.txt    video ids of a column
+    SPLIT_{scale,duration,number}_{value}.txt    video ids of a column of Table 1
+    SPLIT_case_{name}.txt                video ids of a column of Table 2
     skip.txt                             training clips that are left out; check writes it
 DIR/frames/FRAME_ID.jpg and DIR/images/IMAGE_ID.jpg (.jpeg, .png, .webp) may lie one folder down,
 named by the first two letters of the id or by the clip. A FRAME_ID.json gives original_width and
@@ -65,6 +66,7 @@ from tqdm import tqdm
 
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
 
+# Columns of Table 1 in the order of eval.PAPER_1: new ones come last. _annotate writes their files.
 SPLITS = {"scale": ("small", "medium", "large"), "duration": ("short", "medium", "long"),
           "number": ("abundant", "medium", "few")}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # what DAB-DETR's weights expect

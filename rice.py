@@ -393,8 +393,10 @@ class RICE(nn.Module):
 
     def loss(self, batch):
         """A batch of data.ClipDataset, pictures normalised, with the "seed" of the step -> loss,
-        {term: value}. A fourth loss is one more term here, a mean over this process's B pairs,
-        with its layers in __init__ and its name in --losses."""
+        {term: value}. A fourth loss is one more term here, a mean over this process's B pairs, and
+        its layers in __init__; its name goes into the choices of train.Config.losses. A weight of
+        it is a field of train.Config that eval.build_model passes on. The text of clip and image
+        is the last of their tokens."""
         image, image_tokens, image_visual = self.encode_images(batch["image"], batch["title"])
         clip, clip_tokens, clip_visual, padding_mask = self.encode_clips(
             batch["frames"], batch["valid"], batch["asr"])

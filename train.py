@@ -48,7 +48,9 @@ def config_field(default, text, choices=None, group=None):
 
 @dataclass
 class Config:
-    """All that decides a run of one stage; the defaults are the paper's where it gives a value."""
+    """All that decides a run of one stage; the defaults are the paper's where it gives a value. A
+    new field counts as its default in checkpoints made before; where eval.py reads it, getattr
+    has to give it."""
     stage: str = config_field("all", "stages to train", ("sd", "md", "rice", "all"), "run")
     preset: str = config_field("tiny", "sizes and recipe", ("tiny", "paper"))
     data: str = config_field(RENDERED, "data folder; this one is rendered")
@@ -443,9 +445,9 @@ def config_diff(config, saved):
     """What differs from the configuration of a checkpoint and would change the weights."""
     ignored = MAY_CHANGE_ON_RESUME | (SD_FIELDS if config.stage == "md" else set())
     ignored = ignored if config.steps else ignored | {"steps"}         # counted from --epochs
-    return [f"{name}: {getattr(saved, name, None)} there, {value} here"
-            for name, value in vars(config).items()
-            if name not in ignored and value != getattr(saved, name, None)]
+    there = vars(Config()) | vars(saved)
+    return [f"{name}: {there[name]} there, {value} here" for name, value in vars(config).items()
+            if name not in ignored and value != there[name]]
 
 
 def is_finished(config, saved, path):
