@@ -185,8 +185,7 @@ def with_namespaces(checkpoint):
 
 def load_checkpoint(path):
     """What train.py saved, configurations as namespaces; BadInput when it is something else."""
-    require(Path(path).is_file(),
-            f"{path}: no such checkpoint; `train.py --stage {Path(path).stem}` makes it")
+    require(Path(path).is_file(), f"{path}: no such checkpoint; train.py makes it")
     try:
         return with_namespaces(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:             # torch.load raises whatever the bytes lead to
@@ -670,8 +669,9 @@ def show_table_1(result, markdown):
     for method, kinds in result["results"].items():
         for kind, columns in kinds.items():
             rows.append((f"{METHODS[method]}, {kind}", *columns.values()))
-    title = ("Table 1, one box a frame ({clips} clips, {frames} frames, {boxes} boxes, missing="
-             "{missing}); AP50 from the fourth column on").format(**result["counts"])
+    title = ("Table 1, one box a frame, seed {seed} ({clips} clips, {frames} frames, {boxes} "
+             "boxes, missing={missing}); AP50 from the fourth column on")
+    title = title.format(**result["counts"], seed=result["config"]["seed"])
     return f"\n{title}\n\n{table(('', *COLUMNS_1), rows + PAPER_1, markdown)}"
 
 
@@ -682,10 +682,11 @@ def show_table_2(result, markdown):
         for score, columns in scores.items():
             rows.append((f"{SOURCES[source]}, {names[score]}", *columns.values()))
     rows += [("chance of R1", result["counts"]["chance"]), *PAPER_2]
-    title = ("Table 2, rank-k in the gallery of each live ({clips} clips, {lives} lives, "
-             "{gallery:.1f} images a gallery, missing={missing}, missing images={missing images})")
-    header = "", *columns
-    return f"\n{title.format(**result['counts'])}\n\n{table(header, rows, markdown)}"
+    title = ("Table 2, rank-k in the gallery of each live, seed {seed} ({clips} clips, {lives} "
+             "lives, {gallery:.1f} images a gallery, missing={missing}, missing images="
+             "{missing images})")
+    title = title.format(**result["counts"], seed=result["config"]["seed"])
+    return f"\n{title}\n\n{table(('', *columns), rows, markdown)}"
 
 
 # ---- one checkpoint, several
@@ -750,8 +751,21 @@ def validation_metric(model, checkpoint, folder, device):
 SAME_ROW = "seed", "out", "data", "detector_dir", "workers", "save_every", "log_every", "eval_every"
 
 
+def named_rows(result, every_source):
+    """[(name, {column: value}), ...]: the methods of a detector, or the scores of RICE through each
+    source of boxes, or through that of the training alone."""
+    if result["stage"] != "rice":
+        return [(METHODS[m], kinds["class-agnostic"]) for m, kinds in result["results"].items()]
+    rows = []
+    for source, scores in result["results"].items():
+        if every_source or source == result["counts"]["source"]:
+            for score, columns in scores.items():
+                rows.append((f"{SOURCES[source]}, {SCORES[score]}", columns))
+    return rows
+
+
 def show_seeds(results, markdown=False):
-    """A row per configuration and score: mean and deviation over its seeds."""
+    """Rows of each configuration: mean and deviation over its seeds."""
     differing, groups, rows = [], {}, []
     for name in results[0]["config"]:
         values = [result["config"].get(name) for result in results]
@@ -759,19 +773,17 @@ def show_seeds(results, markdown=False):
             differing.append(name)
     for result in results:
         fields = [f"{name}={result['config'].get(name)}" for name in differing]
-        if result["stage"] == "rice":
-            scores = result["results"][result["counts"]["source"]]
-        else:
-            scores = {name: row["class-agnostic"] for name, row in result["results"].items()}
-        for score, columns in scores.items():
-            name = " ".join([*fields, (SCORES | METHODS)[score]])
-            groups.setdefault(name, []).append(columns.values())
+        for name, columns in named_rows(result, every_source=not differing):
+            groups.setdefault(" ".join([*fields, name]), []).append(columns.values())
     for name, seeds in groups.items():
         rows.append((name, str(len(seeds))))
         for values in zip(*seeds):
-            spread = np.std(values, ddof=1) if len(seeds) > 1 and None not in values else 0
-            rows[-1] += (None if None in values else (np.mean(values), spread),)
-    print(f"\n{len(results)} checkpoints, mean ± standard deviation over seeds\n")
+            cell = None if None in values else float(np.mean(values))
+            if len(seeds) > 1 and cell is not None:
+                cell = cell, float(np.std(values, ddof=1))
+            rows[-1] += (cell,)
+    print(f"\n{results[0]['stage']}: {len(results)} checkpoints, mean ± standard deviation over "
+          "seeds\n")
     print(table(("", "seeds", *columns), rows, markdown))
 
 
@@ -876,16 +888,23 @@ def ranking_row(split, clip, text, shop, read):
 
 
 def first_images(look, c):
-    """The first five shop images of clip c as ranking_row takes them; true ones are green, others
-    red. [] without a gallery."""
+    """The first five shop images of clip c as ranking_row takes them, with their places; true ones
+    are green, others red. When none is true, the first true one takes the fifth's cell. []
+    without a gallery."""
     shop, titles = [], look.split.titles
     live = look.rankings.get(data.live_of(look.split.video_ids[c]))
-    if live:
-        q = live["clips"].index(c)
-        score = last_score(live, look.source)[q]
-        for g in np.argsort(-score, kind="stable")[:5]:                 # nan comes last
-            image_id, colour = live["ids"][g], "green" if live["positive"][q, g] else "red"
-            shop.append((image_id, f"{score[g]:.1f} {titles.get(image_id, '')}", colour))
+    if not live:
+        return []
+    q = live["clips"].index(c)
+    score, true = last_score(live, look.source)[q], live["positive"][q]
+    order = np.argsort(-score, kind="stable")                           # nan comes last
+    places = list(range(min(5, len(order))))
+    if true.any() and not true[order[places]].any():
+        places[-1] = int(true[order].argmax())
+    for place in places:
+        g = order[place]
+        text = f"{place + 1}: {score[g]:.1f} {titles.get(live['ids'][g], '')}"
+        shop.append((live["ids"][g], text, "green" if true[g] else "red"))
     return shop
 
 
@@ -1153,22 +1172,24 @@ def run(args):
             f"--compare {args.compare}: expected the stage of {paths[-1]}")
     if not is_main_process():
         return
-    several = len(results) > 1
-    if several and len({result["stage"] for result in results}) == 1:
-        show_seeds(results, args.markdown)
-    else:
-        for result in results:
-            show(result, args.markdown)
+    for stage in STAGES:
+        of_stage = [result for result in results if result["stage"] == stage]
+        if len(of_stage) > 1:
+            show_seeds(of_stage, args.markdown)
+        elif of_stage:
+            show(of_stage[0], args.markdown)
     if args.json:
-        data.write_text(args.json, json.dumps(results if several else results[0], indent=1))
+        several = list(results) if len(results) > 1 else results[0]
+        data.write_text(args.json, json.dumps(several, indent=1))
     if args.pictures:
-        look, log, folder = looks[-1], Path(paths[-1]).with_suffix(".jsonl"), args.pictures
+        look, log = looks[-1], Path(paths[-1]).with_suffix(".jsonl")
+        start = f"{args.pictures}/{look.stage}"
         # With --compare: the clips where the other model is worse.
         wrong = errors_of(other) - errors_of(look) if other else errors_of(look)
         worst = np.argsort(-wrong, kind="stable")[:args.n]
-        drawn = [draw_clips(look, worst, f"{folder}/worst.png")]
-        drawn += [draw_clips(other, worst, f"{folder}/compared.png")] if other else []
-        print("pictures:", *drawn, draw_curves(log, f"{folder}/curves.png") or "")
+        drawn = [draw_clips(look, worst, f"{start}-worst.png")]
+        drawn += [draw_clips(other, worst, f"{start}-compared.png")] if other else []
+        print("pictures:", *drawn, draw_curves(log, f"{start}-curves.png") or "")
 
 
 def main(argv=None):

@@ -134,8 +134,8 @@ def test_tables_line_up_and_seeds_make_one_row(capsys):
     evaluation.show_seeds(results, markdown=True)
     head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]]
                        for line in capsys.readouterr().out.splitlines()[-4:])
-    assert lines == [["negatives=rand ICL", "2", "37.5 ± 17.7", "75.0 ± 0.0", "-"],
-                     ["negatives=hard ICL", "1", "80.0 ± 0.0", "75.0 ± 0.0", "-"]]
+    assert lines == [["negatives=rand MD boxes, ICL", "2", "37.5 ± 17.7", "75.0 ± 0.0", "-"],
+                     ["negatives=hard MD boxes, ICL", "1", "80.0", "75.0", "-"]]
     assert head == ["", "seeds", "R1", "R5", "R10"]
 
 

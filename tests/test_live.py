@@ -90,8 +90,8 @@ def test_pictures_are_drawn_and_near_duplicates_found(run_one, livestreams, tmp_
     for stage in ("md", "rice"):
         path, folder = str(run_one / f"{stage}.pt"), str(tmp_path / stage)
         evaluation.main(["--ckpt", path, "--compare", path, "--n", "2", "--pictures", folder])
-        for name in ("worst.png", "compared.png", "curves.png"):
-            picture = np.asarray(Image.open(tmp_path / stage / name))
+        for name in ("worst", "compared", "curves"):
+            picture = np.asarray(Image.open(tmp_path / stage / f"{stage}-{name}.png"))
             assert min(picture.shape[:2]) > 190 and picture.std() > 5
     for text in ("a red mug " * 30, "新鲜有机蔬菜每日新鲜采摘" * 20, "x" * 500, "\u200b\t", ""):
         assert evaluation.tile(lambda: torch.zeros(3, 9, 9), text).width < 200
