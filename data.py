@@ -620,9 +620,10 @@ class FrameDataset(Dataset):
         if parts > 1:
             chosen = range(part, count, parts)
         rng = np.random.default_rng((self.seed, epoch, i))
-        low, side, step = self.short_side
+        low, high, step = self.short_side
+        side = high
         if self.augment:
-            side = low + step * int(rng.integers((side - low) // step + 1))
+            side = low + step * int(rng.integers((high - low) // step + 1))
         mirror = self.augment and rng.random() < 0.5
         return [self.load(clip, int(t), side, mirror) | {"clip": c} for t in chosen]
 

@@ -1137,16 +1137,16 @@ def recognise(path, args):
 
 def finished_checkpoints(folder):
     """The finished checkpoints of a run folder, "" for the newest below runs/."""
-    found, finished = sorted(Path("runs").glob("*/*.pt"), key=os.path.getmtime), []
-    if not folder and found:
-        folder = found[-1].parent
-    for stage in STAGES if folder else ():
+    finished = []
+    if not folder:
+        newest = max(Path("runs").glob("*/*.pt"), key=os.path.getmtime, default=Path("runs/none"))
+        folder = newest.parent
+    for stage in STAGES:
         path = Path(folder) / f"{stage}.pt"
         checkpoint = load_checkpoint(path) if path.exists() else None
         if checkpoint and checkpoint["step"] == checkpoint["config"].steps:
             finished.append(str(path))
-    require(finished, f"--ckpt: no finished checkpoint in {folder or 'runs/'}; `python train.py` "
-            "makes one")
+    require(finished, f"--ckpt: no finished checkpoint in {folder}/; `python train.py` makes one")
     return finished
 
 

@@ -18,7 +18,6 @@ import json
 import math
 import textwrap
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path

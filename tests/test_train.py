@@ -394,6 +394,12 @@ def test_several_checkpoints_make_one_table(run_one, livestreams, tmp_path, caps
              for result in json.loads((tmp_path / "j.json").read_text())]
     assert rows[0][2] == f"{np.mean(value[:2]):.1f} ± {np.std(value[:2], ddof=1):.1f}"
     assert rows[3][2] == f"{value[2]:.1f}"
+    # Run folders of one configuration: all sources of boxes.
+    evaluation.main(["--ckpt", str(tmp_path / "1"), str(tmp_path / "2"), "--markdown"])
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split(" | ")[0].strip("| ") for line in lines if " boxes, " in line]
+    assert names == [f"{boxes} boxes, {score}" for boxes in ("true", "MD", "SD")
+                     for score in ("ICL", "PMD", "ICL + PMD")]
 
 
 def test_near_duplicates_are_listed(run_one, livestreams, tmp_path):
