@@ -504,10 +504,11 @@ def original_size(path, width, height):
         return int(about["original_width"]), int(about["original_height"])
 
 
-def check_picture(path):
-    """(format, width, height) of a picture by its header; BadInput when it is none of ours."""
+def check_picture(path, content=None):
+    """(format, width, height) of a picture by its header; BadInput when it is none of ours.
+    content: the bytes of its file, where they are read already."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(io.BytesIO(content) if content else path) as picture:
             kind, size, found = picture.format, picture.size, f"is a {picture.format}"
     except Exception as error:          # a decoder raises whatever the bytes lead to
         kind, size, found = None, (), f"no picture that can be read: {type(error).__name__}"
@@ -518,11 +519,14 @@ def check_picture(path):
 def read_picture(path):
     """A JPEG, PNG or WebP as uint8 [3,H,W], upright by its EXIF data, on white where it is
     transparent. BadInput when it cannot be read."""
-    kind, *_ = check_picture(path)
+    kind = "picture that can be read"
     try:
+        content = Path(path).read_bytes()
+        kind, *_ = check_picture(path, content)
         if kind in ("JPEG", "MPO"):
-            return decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-        with Image.open(path) as picture:
+            encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+        with Image.open(io.BytesIO(content)) as picture:
             picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):            # 16 bits
             picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
