@@ -9,8 +9,9 @@
     The answer for a frame is the box with the highest class score (select_top1).
 
 Letters, the same in all files: B frames or clips of a batch, T frames of a clip, H W pixels, h w
-cells of a feature map, S = h*w memory tokens, C channels of a token, N queries, k queries that
-are kept, K classes, L decoder layers, M true boxes of a frame, R tokens that others attend to.
+cells of a feature map, S tokens (here the h*w of the memory), C channels of a token, D other
+channels, N queries, k queries that are kept, K classes, L decoder layers, M true boxes of a frame,
+R tokens that others attend to.
 Boxes are cxcywh in 0..1 of the frame without its padding, unless a name says xyxy. A
 `padding_mask` is True where there is nothing, `valid` is True where there is something.
 """
@@ -44,8 +45,8 @@ def sinusoidal_embedding(angle, channels, temperature):
 def position_embedding_2d(padding_mask, channels):
     """Position of each memory token: padding_mask [B,h,w] -> [B,h,w,C], half for y, half for x.
 
-    The temperature is 20 as in DAB-DETR: tokens are few and coarse. That of the anchors, whose
-    places and sizes are continuous, is 10000.
+    The temperature is 20 as in DAB-DETR: tokens are few and coarse. Anchors are continuous, so
+    their embedding (below) has 10000.
     """
     valid = ~padding_mask
     y, x = valid.cumsum(1, dtype=torch.float32), valid.cumsum(2, dtype=torch.float32)
@@ -85,10 +86,10 @@ def split_heads(x, heads):
 
 
 def multihead_attention(query, key, value, heads, padding_mask=None):
-    """Attention after projection: query [B,N,.], key [B,S,.], value [B,S,C], padding_mask [B,S] ->
-    [B,N,C]."""
-    query = split_heads(query, heads).transpose(1, 2)  # [B,heads,N,.]
-    key = split_heads(key, heads).transpose(1, 2)  # [B,heads,S,.]
+    """Attention after projection: query [B,N,D], key [B,S,D], value [B,S,C], padding_mask [B,S] ->
+    [B,N,C]. D is C, or 2C where each head has content and position."""
+    query = split_heads(query, heads).transpose(1, 2)  # [B,heads,N,D/heads]
+    key = split_heads(key, heads).transpose(1, 2)  # [B,heads,S,D/heads]
     value = split_heads(value, heads).transpose(1, 2)  # [B,heads,S,C/heads]
     allowed = None if padding_mask is None else ~padding_mask[:, None, None]  # [B,1,1,S]
     attended = F.scaled_dot_product_attention(query, key, value, allowed)
@@ -111,8 +112,10 @@ class EncoderLayer(nn.Module):
     def __init__(self, dim, heads, ffn):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.linear1, self.linear2 = nn.Linear(dim, ffn), nn.Linear(ffn, dim)
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, ffn)
+        self.linear2 = nn.Linear(ffn, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
         self.activation = nn.PReLU()
 
     def forward(self, x, pos_embed, padding_mask):
@@ -139,27 +142,35 @@ class Encoder(nn.Module):
 class DecoderLayer(nn.Module):
     """Queries attend to each other, then to the memory, then pass a feed-forward net; post-norm.
 
-    Self-attention adds the anchor's position to the content. Cross-attention has it beside the
-    content; only the first layer, where all contents are equal, adds it too. The names are
-    DAB-DETR's: sa self-attention, ca cross-attention, qcontent the query from the content, kpos
-    the key from the position.
+    Self-attention adds the anchor's position to the content. Cross-attention concatenates content
+    and position in each head. In the first layer all contents are zero: there cross-attention
+    also adds the position to the content. The names are DAB-DETR's: sa self-attention, ca
+    cross-attention, qcontent the query from the content, kpos the key from the position.
     """
 
     def __init__(self, dim, heads, ffn, is_first_layer):
         super().__init__()
-        self.heads, self.is_first_layer = heads, is_first_layer
-        self.sa_qcontent_proj, self.sa_qpos_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.sa_kcontent_proj, self.sa_kpos_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.heads = heads
+        self.is_first_layer = is_first_layer
+        self.sa_qcontent_proj = nn.Linear(dim, dim)
+        self.sa_qpos_proj = nn.Linear(dim, dim)
+        self.sa_kcontent_proj = nn.Linear(dim, dim)
+        self.sa_kpos_proj = nn.Linear(dim, dim)
         self.sa_v_proj = nn.Linear(dim, dim)
         self.self_attn = nn.ModuleDict({"out_proj": nn.Linear(dim, dim)})
-        self.ca_qcontent_proj, self.ca_qpos_sine_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.ca_qcontent_proj = nn.Linear(dim, dim)
+        self.ca_qpos_sine_proj = nn.Linear(dim, dim)
         if is_first_layer:
             self.ca_qpos_proj = nn.Linear(dim, dim)
-        self.ca_kcontent_proj, self.ca_kpos_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.ca_kcontent_proj = nn.Linear(dim, dim)
+        self.ca_kpos_proj = nn.Linear(dim, dim)
         self.ca_v_proj = nn.Linear(dim, dim)
         self.cross_attn = nn.ModuleDict({"out_proj": nn.Linear(dim, dim)})
-        self.linear1, self.linear2 = nn.Linear(dim, ffn), nn.Linear(ffn, dim)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.linear1 = nn.Linear(dim, ffn)
+        self.linear2 = nn.Linear(ffn, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
         self.activation = nn.PReLU()
 
     def forward(self, x, query_pos, query_sine, memory, pos_embed, padding_mask):
@@ -167,10 +178,13 @@ class DecoderLayer(nn.Module):
         k = self.sa_kcontent_proj(x) + self.sa_kpos_proj(query_pos)  # [B,N,C]
         self_attn_out = multihead_attention(q, k, self.sa_v_proj(x), self.heads)  # [B,N,C]
         x = self.norm1(x + self.self_attn["out_proj"](self_attn_out))  # [B,N,C]
-        q, k = self.ca_qcontent_proj(x), self.ca_kcontent_proj(memory)  # [B,N,C], [B,S,C]
-        v, k_pos = self.ca_v_proj(memory), self.ca_kpos_proj(pos_embed)  # [B,S,C], [B,S,C]
+        q = self.ca_qcontent_proj(x)  # [B,N,C]
+        k = self.ca_kcontent_proj(memory)  # [B,S,C]
+        v = self.ca_v_proj(memory)  # [B,S,C]
+        k_pos = self.ca_kpos_proj(pos_embed)  # [B,S,C]
         if self.is_first_layer:
-            q, k = q + self.ca_qpos_proj(query_pos), k + k_pos  # [B,N,C], [B,S,C]
+            q = q + self.ca_qpos_proj(query_pos)  # [B,N,C]
+            k = k + k_pos  # [B,S,C]
         q = concat_per_head(q, self.ca_qpos_sine_proj(query_sine), self.heads)  # [B,N,2C]
         k = concat_per_head(k, k_pos, self.heads)  # [B,S,2C]
         cross_attn_out = multihead_attention(q, k, v, self.heads, padding_mask)  # [B,N,C]
@@ -218,9 +232,8 @@ class Decoder(nn.Module):
             if i + 1 < len(self.layers):
                 # The next anchor is made from x without the norm, the reported box with it.
                 moved = (self.bbox_embed(x) + inverse_sigmoid(anchors)).sigmoid()  # [B,N,4]
-                # The next layer computes with a detached anchor. The reference of its reported
-                # box is not detached: the loss of that box also trains the box head's output
-                # here, as in DAB-DETR.
+                # "Look forward once": the next layer's anchor is detached, the reference of its
+                # reported box is not, so that box's loss trains the box head here as well.
                 references.append(moved)
                 anchors = moved.detach()  # [B,N,4]
         return torch.stack(hidden_states), torch.stack(references)  # [L,B,N,C], [L,B,N,4]
@@ -236,7 +249,8 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm1, self.norm2 = nn.GroupNorm(8, outputs), nn.GroupNorm(8, outputs)
+        self.norm1 = nn.GroupNorm(8, outputs)
+        self.norm2 = nn.GroupNorm(8, outputs)
         self.shortcut = nn.Identity()
         if stride > 1:
             self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
@@ -254,7 +268,8 @@ class SmallBody(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 32, 4, 4), nn.GroupNorm(8, 32), nn.ReLU())
         self.stride8 = nn.Sequential(ResidualBlock(32, 32, 1), ResidualBlock(32, 64, 2),
                                      ResidualBlock(64, 64, 1))
-        self.stride16, self.lateral = ResidualBlock(64, 128, 2), nn.Conv2d(64, 128, 1)
+        self.stride16 = ResidualBlock(64, 128, 2)
+        self.lateral = nn.Conv2d(64, 128, 1)
 
     def forward(self, images):
         x = self.stride8(self.stem(images))  # [B,64,H/8,W/8]
@@ -331,7 +346,8 @@ class SD(nn.Module):
         self.transformer = nn.ModuleDict({
             "encoder": Encoder(dim, heads, ffn, encoder_layers),
             "decoder": Decoder(dim, heads, ffn, decoder_layers, box_head)})
-        self.class_embed, self.bbox_embed = nn.Linear(dim, classes), box_head
+        self.class_embed = nn.Linear(dim, classes)
+        self.bbox_embed = box_head
         self.refpoint_embed = nn.Embedding(queries, 4)
         self.backbone = nn.ModuleList([Backbone(backbone)])
         self.input_proj = nn.Conv2d(self.backbone[0].channels, dim, 1)
@@ -355,14 +371,14 @@ class SD(nn.Module):
         """-> hidden_states [L,B,N,C], boxes [L,B,N,4], memory and pos_embed [B,S,C], padding_mask
         [B,S]."""
         feature_map = self.backbone[0](images)  # [B,channels,h,w]
-        # A missing frame is all padding. It counts as unpadded, since a softmax over no token at
-        # all is not a number.
+        # A missing frame is all padding. Its tokens count as valid: a softmax over no key is NaN.
         missing = padding_mask.flatten(1).all(1)[:, None, None]  # [B,1,1]
         pixel_mask = (padding_mask & ~missing).float()  # [B,H,W]
         size = feature_map.shape[-2:]
         cell_mask = F.interpolate(pixel_mask[:, None], size)[:, 0].bool()  # [B,h,w]
         pos_embed = position_embedding_2d(cell_mask, self.input_proj.out_channels)  # [B,h,w,C]
-        pos_embed, token_mask = pos_embed.flatten(1, 2), cell_mask.flatten(1)  # [B,S,C], [B,S]
+        pos_embed = pos_embed.flatten(1, 2)  # [B,S,C]
+        token_mask = cell_mask.flatten(1)  # [B,S]
         tokens = self.input_proj(feature_map).flatten(2).mT  # [B,S,C]
         memory = self.transformer["encoder"](tokens, pos_embed, token_mask)  # [B,S,C]
         anchors = self.refpoint_embed.weight.sigmoid().expand(len(images), -1, -1)  # [B,N,4]
@@ -401,20 +417,22 @@ def attend_near_the_anchor(decoder, heads, gain=2.0):
     """Initialise cross-attention so that a query looks around its anchor from the first step. This
     is ours: DAB-DETR learns it, in a long training.
 
-    The position projections of query and key choose some sine pairs of nearly the same
-    wavelengths, so that their product is greatest about where token and anchor coincide. Pair p of
-    an anchor has the wavelength of pair p * log(10000) / log(20) of a token, which is rounded. The
+    The position projections of query and key choose some pairs (sine, cosine) of nearly the same
+    wavelength, so that their product is greatest about where token and anchor coincide. The
     content scales the positions by 1 at first.
     """
-    half, pairs_per_head = decoder.dim // 2, decoder.dim // heads // 4
-    # Channels of a head: its pairs for y, then its pairs for x, sine and cosine of each.
-    token_pair = [round(p * math.log(10000, 20)) for p in range(half // 2)]
+    half = decoder.dim // 2                # channels for y, and for x
+    pairs_per_head = decoder.dim // heads // 4
+    # Pair p of an anchor and pair q of a token have the same wavelength where
+    # 10000^(2p / half) = 20^(2q / half), so q = p * log(10000) / log(20).
+    token_pair = [round(p * math.log(10000) / math.log(20)) for p in range(half // 2)]
     usable = [p for p in range(half // 2) if token_pair[p] < half // 2]
     usable = usable[:6]                   # the shortest waves; the longer ones tell places less
-    query, key = torch.zeros(decoder.dim, decoder.dim), torch.zeros(decoder.dim, decoder.dim)
-    row = 0
+    query = torch.zeros(decoder.dim, decoder.dim)
+    key = torch.zeros(decoder.dim, decoder.dim)
+    row = 0                               # output channel: head by head, its pairs for y, then x
     for head in range(heads):
-        for axis_start in (0, half):                      # of the channels for y, for x
+        for axis_start in (0, half):                      # the first channel for y, for x
             for j in range(pairs_per_head):
                 p = usable[(head + j) % len(usable)]      # heads differ in their wavelengths
                 for sin_or_cos in (0, 1):
@@ -432,17 +450,22 @@ def attend_near_the_anchor(decoder, heads, gain=2.0):
 
 
 class TemporalLayer(nn.Module):
-    """Tokens attend to each other, then to the tokens as they came in, then pass a feed-forward
-    net: tokens [B,N,C], others [B,R,C], which are the same tokens in the TTM, masks [B,N] and
-    [B,R] -> [B,N,C]. The parameter names are TransVOD Lite's: its norm2 belongs to the
-    self-attention, its norm1 to the cross-attention."""
+    """Tokens attend to each other, then to `others`, then pass a feed-forward net.
+
+    tokens [B,N,C], others [B,R,C], masks [B,N] and [B,R] -> [B,N,C]. In the TTM the others are the
+    same tokens as they came in. The parameter names are TransVOD Lite's: norm2 belongs to the
+    self-attention, norm1 to the cross-attention.
+    """
 
     def __init__(self, dim, heads, ffn):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.cross_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.linear1, self.linear2 = nn.Linear(dim, ffn), nn.Linear(ffn, dim)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.linear1 = nn.Linear(dim, ffn)
+        self.linear2 = nn.Linear(ffn, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
 
     def forward(self, tokens, others, padding_mask=None, others_mask=None):
         y, _ = self.self_attn(tokens, tokens, tokens, padding_mask, need_weights=False)  # [B,N,C]
@@ -454,7 +477,7 @@ class TemporalLayer(nn.Module):
 
 def topk_queries(logits, k, *tensors):
     """The k queries of each frame with the highest class scores, or all if there are fewer:
-    logits [...,N,K], tensors [...,N,.] -> tensors [...,k,.]."""
+    logits [...,N,K], tensors [...,N,D] -> tensors [...,k,D]."""
     top = logits.amax(-1).topk(min(k, logits.shape[-2]), dim=-1).indices
     return [x.gather(-2, top[..., None].expand(*top.shape, x.shape[-1])) for x in tensors]
 
@@ -472,7 +495,8 @@ class TTMStep(nn.Module):
         super().__init__()
         self.temporal = TemporalLayer(dim, heads, ffn)
         self.frame = DecoderLayer(dim, heads, ffn, is_first_layer=False)
-        self.class_embed, self.bbox_embed = nn.Linear(dim, classes), MLP(dim, dim, 4, 3)
+        self.class_embed = nn.Linear(dim, classes)
+        self.bbox_embed = MLP(dim, dim, 4, 3)
         _initialise_heads(self.class_embed, self.bbox_embed)
 
     def forward(self, queries, boxes, query_positions, memory, pos_embed, padding_mask,
@@ -481,8 +505,8 @@ class TTMStep(nn.Module):
         token_mask = frame_padding_mask.repeat_interleave(k, 1)  # [B,T*k]
         x = queries.flatten(1, 2)  # [B,T*k,C]
         x = self.temporal(x, x, token_mask, token_mask)  # [B,T*k,C]
-        x, anchors = x.reshape(-1, *queries.shape[2:]), boxes.flatten(0, 1)  # [B*T,k,C], [B*T,k,4]
-        query_pos, query_sine = query_positions(anchors, x)  # [B*T,k,C] twice
+        x = x.reshape(-1, *queries.shape[2:])  # [B*T,k,C]
+        query_pos, query_sine = query_positions(boxes.flatten(0, 1), x)  # [B*T,k,C] twice
         x = self.frame(x, query_pos, query_sine, memory, pos_embed, padding_mask)  # [B*T,k,C]
         x = x.reshape(queries.shape)  # [B,T,k,C]
         refined = (self.bbox_embed(x) + inverse_sigmoid(boxes)).sigmoid()  # [B,T,k,4]
@@ -500,11 +524,12 @@ class MD(nn.Module):
 
     def __init__(self, sd, steps=(80, 50, 30)):
         super().__init__()
-        self.sd, self.steps = sd.requires_grad_(False), tuple(steps)
-        layer, classes = sd.transformer["decoder"].layers[0], sd.class_embed.out_features
+        self.sd = sd.requires_grad_(False)
+        self.steps = tuple(steps)
+        classes, dim = sd.class_embed.weight.shape
+        layer = sd.transformer["decoder"].layers[0]
         self.ttm = nn.ModuleList(
-            TTMStep(classes, sd.class_embed.in_features, layer.heads, layer.linear1.out_features)
-            for _ in steps)
+            TTMStep(classes, dim, layer.heads, layer.linear1.out_features) for _ in steps)
 
     def train(self, mode=True):
         """SD stays in evaluation mode."""
@@ -526,8 +551,7 @@ class MD(nn.Module):
     def run_ttm(self, queries, logits, boxes, memory, pos_embed, padding_mask, valid):
         """The TTM on what run_sd gave -> logits [B,T,k,K] and boxes [B,T,k,4] of each step."""
         all_logits, all_boxes = [], []
-        # A clip without any frame counts as if all were there: a softmax needs a key (and so in
-        # SD.features).
+        # A clip without any frame counts as if all were there: a softmax over no key is NaN.
         frame_padding_mask = ~valid & valid.any(1, keepdim=True)
         for k, step in zip(self.steps, self.ttm):
             # The scores of the step before choose the queries (at first SD's). The box that a
@@ -580,7 +604,8 @@ def linear_sum_assignment(cost):
 
     Rows are added one at a time. A Dijkstra search over the columns, with costs that the
     potentials u and v keep from being negative, finds the cheapest way to make room for the new
-    row (shortest augmenting paths). ValueError if a cost is not finite.
+    row (shortest augmenting paths). Written here because the paper's detector is trained by it;
+    match avoids it where a frame has one box. ValueError if a cost is not finite.
     """
     table = np.asarray(cost.detach().cpu() if torch.is_tensor(cost) else cost, np.float64)
     if not np.isfinite(table).all():
@@ -588,9 +613,12 @@ def linear_sum_assignment(cost):
     transposed = table.shape[0] > table.shape[1]
     table = table.T if transposed else table
     n_rows, n_cols = table.shape
-    u, v, row_of = np.zeros(n_rows), np.zeros(n_cols), np.full(n_cols, -1)
+    u = np.zeros(n_rows)
+    v = np.zeros(n_cols)
+    row_of = np.full(n_cols, -1)
     for new_row in range(n_rows):
-        distance, predecessor = np.full(n_cols, np.inf), np.full(n_cols, -1)
+        distance = np.full(n_cols, np.inf)
+        predecessor = np.full(n_cols, -1)      # the column before it on the path
         unvisited = np.ones(n_cols, bool)
         row, col, reached = new_row, -1, 0.0
         while row >= 0:
@@ -598,7 +626,8 @@ def linear_sum_assignment(cost):
             better = unvisited & (through_row < distance)
             distance[better], predecessor[better] = through_row[better], col
             col = int(np.where(unvisited, distance, np.inf).argmin())
-            reached, unvisited[col] = distance[col], False
+            reached = distance[col]
+            unvisited[col] = False
             row = row_of[col]                  # -1: a free column ends the search
         visited = ~unvisited
         visited[col] = False
@@ -606,7 +635,8 @@ def linear_sum_assignment(cost):
         u[row_of[visited]] += reached - distance[visited]
         v[visited] -= reached - distance[visited]
         while predecessor[col] >= 0:           # every row on the path moves to the next column
-            row_of[col], col = row_of[predecessor[col]], predecessor[col]
+            row_of[col] = row_of[predecessor[col]]
+            col = predecessor[col]
         row_of[col] = new_row
     cols = np.flatnonzero(row_of >= 0)
     rows, cols = (cols, row_of[cols]) if transposed else (row_of[cols], cols)
@@ -650,7 +680,7 @@ def match(logits, boxes, labels, targets):
     """The query of each target in every layer -> [L,B,M], -1 for padding and for targets that find
     no query. With at most one target in each frame of the batch, the usual case, this is an argmin
     on the device."""
-    # A NaN need not be told here: train.py stops at a loss that is not finite.
+    # A NaN cost does no harm here: train.py stops at a loss that is not finite.
     cost = matching_cost(logits, boxes, labels, targets).nan_to_num(1e6)
     if labels.shape[-1] == 1:
         return cost.argmin(-2).where(labels >= 0, -1)

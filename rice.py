@@ -30,13 +30,15 @@ from torchvision.models.resnet import BasicBlock
 
 
 class QuickGELU(nn.Module):
+    """CLIP's approximate GELU."""
+
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)  # [...]
 
 
 def self_attend(layer, x, padding_mask=None):
-    """The forward of an nn.MultiheadAttention on one input by SDPA alone, without its transposed
-    copies: x [B,S,C], padding_mask [B,S] -> [B,S,C]."""
+    """The forward of an nn.MultiheadAttention `layer` on one input: x [B,S,C], padding_mask [B,S]
+    -> [B,S,C]. It calls SDPA itself, which saves the copies that nn.MultiheadAttention makes."""
     qkv = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, -1)
     query, key, value = (y.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for y in qkv)
     allowed = None if padding_mask is None else ~padding_mask[:, None, None]
@@ -50,7 +52,8 @@ class TransformerBlock(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
             c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
 
@@ -98,7 +101,8 @@ class ViT(nn.Module):
     images [B,3,H,W], H = W = size -> embedding [B,D] (not normalised), tokens [B,1+P,C] (output
     of the last block, before ln_post; the class token first). patch: pixels of a patch, 0 for
     conv_stem. ValueError when the sizes do not fit together. An encoder that replaces it has to
-    give the same two outputs, and `grid`, the number of patches on a side.
+    give the same two outputs, and `grid`, the number of patches on a side; it takes this one's
+    place in RICE.visual.
     """
 
     def __init__(self, width=768, layers=12, heads=12, patch=32, size=224, dim=512):
@@ -113,7 +117,8 @@ class ViT(nn.Module):
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False) if patch else conv_stem(width)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + self.grid ** 2, width))
-        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.ln_pre = nn.LayerNorm(width)
+        self.ln_post = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads)
         self.proj = nn.Parameter(scale * torch.randn(width, dim))
         self.register_load_state_dict_pre_hook(_without_visual)
@@ -151,7 +156,8 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(length, width))
-        self.transformer, self.ln_final = Transformer(width, layers, heads), nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads)
+        self.ln_final = nn.LayerNorm(width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def forward(self, ids):
@@ -199,12 +205,14 @@ def rank_offset(rows):
 def icl_loss(clip, image, scale, product_id=None):
     """Instance contrastive loss: symmetric InfoNCE over the pairs of all processes.
 
-    clip and image [B,D] (normalised here), scale of the cosine, product_id [B] -> the mean of both
-    directions. Pairs of the same product are no negatives; in the public code they are.
+    clip and image: embeddings [B,D] (normalised here), scale of the cosine, product_id [B] -> the
+    mean of both directions. Pairs of the same product are no negatives; in the public code they
+    are.
     """
     targets = torch.arange(len(clip), device=clip.device) + rank_offset(len(clip))  # [B]
     with torch.autocast(clip.device.type, enabled=False):      # bf16 is too coarse for cosines
-        clip, image = F.normalize(clip.float(), dim=-1), F.normalize(image.float(), dim=-1)
+        clip = F.normalize(clip.float(), dim=-1)  # [B,D]
+        image = F.normalize(image.float(), dim=-1)  # [B,D]
         clip_logits = scale * clip @ all_gather_with_grad(image).T  # [B,A]
         image_logits = scale * image @ all_gather_with_grad(clip).T  # [B,A]
     if product_id is not None:
@@ -221,8 +229,8 @@ def icl_loss(clip, image, scale, product_id=None):
 def sample_negatives(similarity, image_product, clip_product, count, hard=True, noise=None):
     """For each image, `count` clips of other products without replacement (supplement, 3).
 
-    similarity [B,A]: scaled ICL similarity of image and clip; products [B] and [A] -> clips [B,n],
-    valid [B,n] (False: there were too few). The chance of a clip is proportional to
+    similarity [B,A]: scaled ICL similarity of image and clip; products [B] and [A] -> index of the
+    clips [B,n], valid [B,n] (False: there were too few). The chance of a clip is proportional to
     exp(similarity) when `hard`, else equal. Adding Gumbel noise [B,A] to the log-probabilities
     and taking the highest n draws n clips without replacement (Gumbel top-k). RICE.candidates
     gives noise that is the same for any number of processes.
@@ -230,10 +238,10 @@ def sample_negatives(similarity, image_product, clip_product, count, hard=True, 
     noise = gumbel_noise(similarity.shape).to(similarity.device) if noise is None else noise
     score = similarity.detach().float() + noise if hard else noise  # [B,A]
     score = score.masked_fill(image_product[:, None] == clip_product[None], -math.inf)
-    # Fewer clips than `count`: filled up with clips that are not valid.
+    # Fewer clips than `count`: columns of -inf, whose index is then that of some clip, not valid.
     score = F.pad(score, (0, max(0, count - score.shape[1])), value=-math.inf)
-    best, clips = score.topk(count, dim=1)  # [B,n] twice
-    return clips.clamp(max=similarity.shape[1] - 1), best > -math.inf
+    best, clip_index = score.topk(count, dim=1)  # [B,n] twice
+    return clip_index.clamp(max=similarity.shape[1] - 1), best > -math.inf
 
 
 def gumbel_noise(shape, seed=None):
@@ -249,22 +257,28 @@ class MatchLayer(nn.Module):
     """Image tokens attend to each other (in PMD.forward), then to the tokens of a clip, then pass
     an MLP; pre-norm.
 
-    Cross-attention starts "tied": query and key are the same multiple of the identity, the value is
-    the identity and the output its negative, with a little noise. So at the start an image token
-    attends most to the clip tokens like it, and they are subtracted from it: what is left is the
-    difference. From a random start the PMD does not learn to compare in a short training.
+    Cross-attention starts "tied": query and key are twice the identity, the value is the identity
+    and the output its negative, with a little noise. So at the start an image token attends most
+    to the clip tokens like it, and they are subtracted from it: what is left is the difference.
+    From a random start the PMD does not learn to compare in a short training.
     """
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.ln_1, self.ln_2, self.ln_3 = (nn.LayerNorm(width) for _ in range(3))
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.ln_1 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width)
+        self.ln_3 = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 2 * width), QuickGELU(), nn.Linear(2 * width, width))
         nn.init.zeros_(self.self_attn.out_proj.weight)
-        for linear, gain in ((self.query, 2), (self.key, 2), (self.value, 1), (self.out, -1)):
+        tied_start = (self.query, 2), (self.key, 2), (self.value, 1), (self.out, -1)
+        for linear, gain in tied_start:
             linear.weight.data = gain * torch.eye(width) + 0.02 * torch.randn(width, width)
             nn.init.zeros_(linear.bias)
 
@@ -290,21 +304,25 @@ class PMD(nn.Module):
 
     def __init__(self, width, heads, layers=2):
         super().__init__()
-        self.ln_image, self.ln_clip, self.ln_out = (nn.LayerNorm(width) for _ in range(3))
+        self.ln_image = nn.LayerNorm(width)
+        self.ln_clip = nn.LayerNorm(width)
+        self.ln_out = nn.LayerNorm(width)
         self.layers = nn.ModuleList(MatchLayer(width, heads) for _ in range(layers))
         self.score = nn.Linear(width, 1)
 
     def forward(self, image_tokens, clip_tokens, padding_mask, candidates):
-        x, clip = self.ln_image(image_tokens), self.ln_clip(clip_tokens)  # [B,S,C], [A,R,C]
+        x = self.ln_image(image_tokens)  # [B,S,C]
+        clip_tokens = self.ln_clip(clip_tokens)  # [A,R,C]
         pairs_per_image = candidates.shape[1]
         clip_of_pair = candidates.flatten()  # [B*(1+n)]
         for i, layer in enumerate(self.layers):
+            # Layer 0 sees the image alone, so once for each image; the next, once for each pair.
             x = x + self_attend(layer.self_attn, layer.ln_1(x))  # [.,S,C]
-            if i == 0:      # until here all pairs of an image are alike
+            if i == 0:
                 x = x.repeat_interleave(pairs_per_image, 0)  # [B*(1+n),S,C]
             # A clip stands in many pairs, so its tokens are projected before they are gathered.
-            key = layer.key(clip)[clip_of_pair]  # [B*(1+n),R,C]
-            value = layer.value(clip)[clip_of_pair]  # [B*(1+n),R,C]
+            key = layer.key(clip_tokens)[clip_of_pair]  # [B*(1+n),R,C]
+            value = layer.value(clip_tokens)[clip_of_pair]  # [B*(1+n),R,C]
             x, weights = layer.cross_attend(x, key, value, padding_mask[clip_of_pair])
         score = self.score(self.ln_out(x.mean(1))).view(candidates.shape)  # [B,1+n]
         return score, weights.unflatten(0, candidates.shape)[:, 0]  # [B,1+n], [B,heads,S,R]
@@ -324,8 +342,8 @@ def pmd_loss(score, valid=None):
 
 def pfr_loss(attention_weights, head, clip_patches, image_patches, padding_mask):
     """Patch feature reconstruction: mean squared error of the image's patches, rebuilt from the
-    clip's. The weights are the attention weights of the true pair, made one map by `head`, and a
-    softmax; RICE.patch_reconstruction_loss says which tokens take part.
+    clip's. `head` merges the attention maps of the true pair's heads into one, and a softmax over
+    the clip's patches makes weights of it. RICE.patch_reconstruction_loss chooses the tokens.
 
     attention_weights [B,heads,P,T*P], head: heads -> 1 channels by 1x1 convolutions, clip_patches
     [B,T*P,C], image_patches [B,P,C], padding_mask [B,T*P]. Both features are detached; otherwise
@@ -352,7 +370,9 @@ class RICE(nn.Module):
                  losses=("icl", "pmd", "pfr"), pfr_weight=0.05):
         super().__init__()
         width, heads = vit["width"], vit["heads"]
-        self.n_neg, self.hard, self.losses = n_neg, negatives == "hard", losses
+        self.n_neg = n_neg
+        self.hard = negatives == "hard"
+        self.losses = losses
         self.pfr_weight = pfr_weight
         self.visual = ViT(**vit)
         self.text = TextEncoder(vocab, width, heads, text_length)
@@ -374,9 +394,10 @@ class RICE(nn.Module):
         """image [B,3,H,W], title [B,J] -> embedding [B,D], tokens [B,1+P+1,C]: class, patches,
         text; and the embedding without the text [B,D]. Embeddings have length 1."""
         visual, tokens = self.visual(image)  # [B,D], [B,1+P,C]
-        visual, text = F.normalize(visual, dim=-1), self.text(title)  # [B,D], [B,C]
-        fused = F.normalize(visual + self.text_proj(text), dim=-1)  # [B,D]
-        return fused, torch.cat([tokens, text[:, None]], 1), visual
+        visual = F.normalize(visual, dim=-1)  # [B,D]
+        text = self.text(title)  # [B,C]
+        embedding = F.normalize(visual + self.text_proj(text), dim=-1)  # [B,D]
+        return embedding, torch.cat([tokens, text[:, None]], 1), visual
 
     def encode_clips(self, frames, valid, asr):
         """frames [B,T,3,H,W], valid [B,T], asr [B,J] -> embedding [B,D], tokens [B,R,C] (class and
@@ -385,18 +406,21 @@ class RICE(nn.Module):
         B, T = valid.shape
         visual, tokens = self.visual(frames.flatten(0, 1))  # [B*T,D], [B*T,1+P,C]
         visual = F.normalize(visual, dim=-1).view(B, T, -1) * valid[..., None]  # [B,T,D]
-        visual, text = F.normalize(visual.sum(1), dim=-1), self.text(asr)  # [B,D], [B,C]
-        fused = F.normalize(visual + self.text_proj(text), dim=-1)  # [B,D]
+        visual = F.normalize(visual.sum(1), dim=-1)  # [B,D]
+        text = self.text(asr)  # [B,C]
+        embedding = F.normalize(visual + self.text_proj(text), dim=-1)  # [B,D]
         padding_mask = (~valid).repeat_interleave(tokens.shape[1], 1)  # [B,T*(1+P)]
         tokens = torch.cat([tokens.reshape(B, -1, tokens.shape[-1]), text[:, None]], 1)  # [B,R,C]
-        return fused, tokens, visual, F.pad(padding_mask, (0, 1), value=False)
+        return embedding, tokens, visual, F.pad(padding_mask, (0, 1), value=False)
 
     def loss(self, batch):
         """A batch of data.ClipDataset, pictures normalised, with the "seed" of the step -> loss,
-        {term: value}. A fourth loss is one more term here, a mean over this process's B pairs, and
-        its layers in __init__; its name goes into the choices of train.Config.losses. A weight of
-        it is a field of train.Config that eval.build_model passes on. The text of clip and image
-        is the last of their tokens."""
+        {term: value}.
+
+        A fourth loss is one more term here: a mean over this process's B pairs. Its layers go into
+        __init__, its name into the choices of train.Config.losses, its weight into a field of
+        train.Config that eval.build_model passes on.
+        """
         image, image_tokens, image_visual = self.encode_images(batch["image"], batch["title"])
         clip, clip_tokens, clip_visual, padding_mask = self.encode_clips(
             batch["frames"], batch["valid"], batch["asr"])
@@ -409,10 +433,12 @@ class RICE(nn.Module):
             score, weights = self.pmd(image_tokens, all_gather_with_grad(clip_tokens),
                                       all_gather_with_grad(padding_mask.float()) > 0, candidates)
             pmd = pmd_loss(score, valid)
-            loss, terms = loss + pmd, terms | {"pmd": pmd.detach()}
+            loss = loss + pmd
+            terms["pmd"] = pmd.detach()
         if "pfr" in self.losses:
             pfr = self.patch_reconstruction_loss(weights, clip_tokens, image_tokens, padding_mask)
-            loss, terms = loss + self.pfr_weight * pfr, terms | {"pfr": pfr.detach()}
+            loss = loss + self.pfr_weight * pfr
+            terms["pfr"] = pfr.detach()
         return loss, terms
 
     @torch.no_grad()
@@ -422,7 +448,8 @@ class RICE(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             clips = all_gather_with_grad(clip.float())  # [A,D]
             similarity = self.scale() * image.float() @ clips.T  # [B,A]
-        (B, A), first = similarity.shape, rank_offset(len(image))
+        B, A = similarity.shape
+        first = rank_offset(B)
         # The noise of all rows, so that the draw does not depend on the number of processes.
         noise = gumbel_noise((A, A), seed)[first:first + B].to(image.device, non_blocking=True)
         clip_product = all_gather_with_grad(product_id)  # [A]
@@ -436,10 +463,16 @@ class RICE(nn.Module):
         weights [B,heads,1+P+1,R], clip_tokens [B,R,C], image_tokens [B,1+P+1,C]."""
         P = self.visual.grid ** 2
         heads, width = weights.shape[1], clip_tokens.shape[-1]
-        # Of a clip's tokens the last, the text, is dropped, then the first of each frame.
-        weights = weights[:, :, 1:1 + P, :-1].unflatten(-1, (-1, 1 + P))[..., 1:].flatten(-2)
-        padding_mask = padding_mask[:, :-1].unflatten(1, (-1, 1 + P))[..., 1:].flatten(1)
-        clip_patches = clip_tokens[:, :-1].unflatten(1, (-1, 1 + P))[:, :, 1:].flatten(1, 2)
-        # Times sqrt(channels of a head) as in the public code: weights of 1/R are too small.
+
+        def patches_of(tokens, dim):
+            """Of a clip's tokens [...,R,...] drop the text, the last one, and each class token."""
+            frames = tokens.narrow(dim, 0, tokens.shape[dim] - 1).unflatten(dim, (-1, 1 + P))
+            return frames.narrow(dim + 1, 1, P).flatten(dim, dim + 1)
+
+        weights = patches_of(weights[:, :, 1:1 + P], 3)  # [B,heads,P,T*P]
+        padding_mask = patches_of(padding_mask, 1)  # [B,T*P]
+        clip_patches = patches_of(clip_tokens, 1)  # [B,T*P,C]
+        # Attention over R tokens is about 1/R. The public code multiplies it by sqrt(channels of a
+        # head) before the head sees it.
         return pfr_loss(weights * math.sqrt(width / heads), self.pfr_head, clip_patches,
                         image_tokens[:, 1:1 + P], padding_mask)
