@@ -67,7 +67,7 @@ from tqdm import tqdm
 warnings.filterwarnings("ignore", message="The image decoding and encoding capabilities")
 
 # Columns of Table 1 in the order of eval.PAPER_1: new ones come last. _annotate writes their files.
-SPLITS = {"scale": ("small", "medium", "large"), "duration": ("short", "medium", "long"),
+SUBSETS = {"scale": ("small", "medium", "large"), "duration": ("short", "medium", "long"),
           "number": ("abundant", "medium", "few")}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # what DAB-DETR's weights expect
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -218,7 +218,9 @@ def parse_boxes(entry, category, where):
     """The boxes of one frame -> [n,5]. An entry is a box or a list of boxes, each of 4 numbers or
     5, the last its category; [] or zeros: no box. Boxes without area are left out."""
     with expecting(f"{where}: expected x1, y1, x2, y2(, category), found {str(entry)[:60]}"):
-        rows = entry if entry and isinstance(entry[0], list) else [entry] if entry else []
+        rows = entry or []
+        if rows and not isinstance(rows[0], list):
+            rows = [rows]
         boxes = np.array([row if len(row) == 5 else [*row, category] for row in rows], float)
         boxes = np.asarray_chkfinite(boxes.reshape(-1, 5))
         if (boxes[:, 2:4] < boxes[:, :2]).any():
@@ -238,21 +240,23 @@ def columns_of(line, tab="\t"):
 
 
 def hash_id(name):
-    """A number from 0 that stands for an id (bytes), -1 for none."""
+    """A 56-bit hash of an id (bytes), -1 for an empty one."""
     digest = hashlib.blake2b(name, digest_size=7).digest()
     return int.from_bytes(digest, "big") if name else -1
 
 
 def index_row(columns, offset, row):
-    """The index entry of a training row from its columns (bytes); ValueError if malformed."""
+    """The index entry (INDEX_DTYPE) of a training row from its columns (bytes); ValueError if
+    malformed."""
     if len(columns) != 11:
         raise ValueError(f"expected 11 columns by tab, found {len(columns)}")
     int(columns[5] or b"0")
     length = columns[1].count(b",") + (columns[1].strip(b" []") != b"")
     # [] for the whole row: not annotated. [] for one frame: the product is not there.
     annotated = columns[2].replace(b" ", b"") not in (b"", b"[]")
-    ids = columns[0], columns[3], columns[0].rsplit(b"-", 2)[0]
-    return offset, *map(hash_id, ids), row, length, annotated
+    video, product = hash_id(columns[0]), hash_id(columns[3])
+    live = hash_id(columns[0].rsplit(b"-", 2)[0])
+    return offset, video, product, live, row, length, annotated
 
 
 def index_training_file(path):
@@ -265,7 +269,8 @@ def index_training_file(path):
             names = json.loads(str(saved["categories"]))
             return saved["index"], {int(c): name for c, name in names.items()}, str(saved["note"])
     tables, rows, malformed = [], [], []
-    categories, offset, number = {}, 0, 0
+    categories = {}
+    offset = number = 0
     bar = progress_bar(text=f"index {path.name}", total=path.stat().st_size, unit="B",
                        unit_scale=True)
     with bar, open(path, "rb") as file:
@@ -296,12 +301,13 @@ def index_training_file(path):
 class LPRSplit:
     """One split ("train", "val" or "test") of a data folder; `clip(i)` parses clip i when asked.
 
-    lengths [clips]: frames of each; annotated_lengths [clips]: the same, 0 for training clips
-    without boxes and for a split without any. Of training clips also product and live [clips]
-    (hashed ids, -1: none) and categories {id: name}; class k of a detector is the k-th. A test
-    clip is any with an ASR row, a true image or an entry in the box file; its frames are those in
-    the box file and those on disk. notes: what was left out.
-    heed_skip: leave out the clips of skip.txt.
+    Of every split: lengths [clips], the frames of each; annotated_lengths [clips], the same, 0 for
+    training clips without boxes and for a split without any; notes, what was left out.
+    Of "train": product and live [clips] (hashed ids, -1: none) and categories {id: name}; class k
+    of a detector is the k-th. heed_skip: leave out the clips of skip.txt.
+    Of the others, by id: video_ids, frames, gt_boxes, asr, titles, positives (true images),
+    galleries, subsets (columns of Table 1) and cases (of Table 2). A test clip is any with an ASR
+    row, a true image or an entry in the box file; its frames are those there and those on disk.
     """
 
     def __init__(self, root, name, heed_skip=True):
@@ -376,7 +382,7 @@ class LPRSplit:
         self.galleries = self._read("liveid_to_gallery_*.json")
         self.gt_boxes = self._read("frameid2gtbox_*.json")
         self.subsets, self.cases = {}, {}
-        for name, values in SPLITS.items():
+        for name, values in SUBSETS.items():
             for value in values:
                 self.subsets[f"{value} {name}"] = self._read(f"{name}_{value}.txt")
         for path in sorted(self.annotations.glob(f"{self.name}_case_*")):
@@ -591,8 +597,9 @@ class FrameDataset(Dataset):
 
     Item: a list of dicts, see load. categories: ids in order of class. short_side: (lowest,
     highest, step) of the shortest side, drawn in training, the highest in evaluation; long_side:
-    limit of the longest (supplement, 2.2). In evaluation a longer clip makes several items that
-    interleave, or one without every_frame. augment=False: pictures as in evaluation.
+    limit of the longest (supplement, 2.2). Evaluation with every_frame cuts a longer clip into
+    several items that interleave; without it, it takes `frames` even ones. augment=False: pictures
+    as in evaluation.
     """
 
     def __init__(self, split, categories, frames, short_side, long_side, train=False, seed=0,
@@ -600,12 +607,10 @@ class FrameDataset(Dataset):
         self.split, self.frames, self.train, self.seed = split, frames, train, seed
         self.class_of = {category: k for k, category in enumerate(categories)}
         self.short_side, self.long_side, self.augment = short_side, long_side, train and augment
-        counts = split.lengths
-        all_frames = every_frame
-        if train:
-            counts = split.annotated_lengths
-            all_frames = frames == 1
-        self.items_per_clip = -(-counts // frames) if all_frames else np.minimum(counts, 1)
+        counts = split.annotated_lengths if train else split.lengths
+        self.items_per_clip = np.minimum(counts, 1)
+        if frames == 1 if train else every_frame:
+            self.items_per_clip = -(-counts // frames)             # rounded up
         self.cumulative_items = np.concatenate([[0], np.cumsum(self.items_per_clip)])
         require(len(self) or not train, f"{split.root}: no training clip has boxes, so no detector "
                 "can be trained; RICE can: --stage rice --box-source none")
@@ -869,7 +874,10 @@ def grouped_epoch_order(live_ids, per_live):
 def training_batches(order, batch, steps, start=0, seed=0, rank=0, world=1):
     """Batches of (epoch, i) for steps start .. steps, a function of (seed, step). order(rng): the
     items of one epoch. `batch` counts the items of all processes; this one gets its share."""
-    order_of = functools.lru_cache(1)(lambda epoch: order(np.random.default_rng((seed, epoch))))
+    @functools.lru_cache(1)                      # an epoch serves many batches
+    def order_of(epoch):
+        return order(np.random.default_rng((seed, epoch)))
+
     count, share = len(order_of(0)), batch // world
     for step in range(start, steps):
         first = step * batch + rank * share
@@ -908,17 +916,19 @@ def start_loader_process(_):
 # stays, so the clip can tell. A "pair" clip shows the same two together: only words tell.
 
 STAGINGS = ("held", "two held", "lifted", "table", "occluded")
-SHARES = {"few": (0.40, 0.22, 0.06, 0.16, 0.16), "medium": (0.31, 0.27, 0.10, 0.20, 0.12),
-          "abundant": (0.22, 0.32, 0.14, 0.24, 0.08)}       # of the stagings, by number of products
-SHELF = {"few": (0, 3), "medium": (3, 5), "abundant": (5, 8)}    # products behind: [low, high)
+# By number of products in view: the shares of the stagings, and how many stand behind, [low, high).
+STAGING_SHARES = {"few": (0.40, 0.22, 0.06, 0.16, 0.16), "medium": (0.31, 0.27, 0.10, 0.20, 0.12),
+                  "abundant": (0.22, 0.32, 0.14, 0.24, 0.08)}
+SHELF = {"few": (0, 3), "medium": (3, 5), "abundant": (5, 8)}
+PRODUCT_SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}  # of a frame
 ABSENT = {0: 0.62, 1: 0.14, 2: 0.12, 4: 0.12}    # {absent frames of 8: share of the clips}
-CLEAR = {"short": 1, "medium": 2, "long": 2}     # least number of "held" frames, but in pair clips
-LIFTED_INSTEAD = 0.4    # share of the frames without it in which another product is held
+LEAST_HELD = {"short": 1, "medium": 2, "long": 2}      # "held" frames of a clip, except pair clips
+OTHER_HELD = 0.4        # chance that another product is held where the intended one is absent
 SAME_CATEGORY = 0.25    # chance that another clip shows products of its own category alone
 PAIR = 0.15             # chance of a pair clip
 LOOKALIKE = 0.3         # chance that a product copies one of its category but for one detail
-BLUR, WRONG_WORDS = 0.15, 0.10          # share of frames, of ASR words (the paper: 9.84 %)
-SIZES = {"small": (0.22, 0.29), "medium": (0.29, 0.38), "large": (0.38, 0.50)}   # of the frame
+BLUR = 0.15             # share of blurred frames
+WRONG_WORDS = 0.10      # share of ASR words that were misheard (the paper: 9.84 %)
 
 # Shapes in percent of a square: E ellipse, P polygon, R rectangle, then the number of a colour:
 # 0 main, 1 second, 2 dark, 3 a hole.
@@ -955,10 +965,12 @@ def _draw(picture, code, colours, left, top, side):
 
 def _shop_products(rng, count, distractors):
     """The products of a live, no two alike, and for each the number of the one it looks like."""
-    names, frequency = list(CATEGORIES), np.arange(1, len(CATEGORIES) + 1) ** -0.5
+    names = list(CATEGORIES)
+    frequency = np.arange(1, len(names) + 1) ** -0.5
     if distractors == "same":          # few categories in equal parts: each has distractors
         names = rng.permutation(names)[:max(1, min(4, count // 4))]
-    products, family = [], list(range(count))
+    products = []
+    family = list(range(count))
     for p in range(count):
         category = rng.choice(list(CATEGORIES), p=frequency / frequency.sum())
         category = names[p % len(names)] if distractors == "same" else category
@@ -970,10 +982,13 @@ def _shop_products(rng, count, distractors):
                    "second": _rgb(rng.random(), 0.7, 0.75), "mark": _rgb(rng.random(), 0.25, 0.95)}
         alike = [o for o in range(p) if products[o]["category"] == product["category"]]
         if alike and rng.random() < LOOKALIKE:
+            # Change one detail of another product, again until no other product has it.
             while family[p] == p or product in products:
-                other, detail = rng.choice(alike), rng.choice(["logo", "pattern"])
+                other = rng.choice(alike)
+                detail = rng.choice(["logo", "pattern"])
                 value = rng.choice(list(LOGOS if detail == "logo" else PATTERNS))
-                product, family[p] = products[other] | {detail: value}, family[other]
+                product = products[other] | {detail: value}
+                family[p] = family[other]
         products.append(product)
     return products, family
 
@@ -1015,18 +1030,20 @@ class _ClipPlan:
     """What a clip of product p shows."""
     p: int
     stagings: list              # of its frames
-    scale: str                  # key of SIZES
-    number: str                 # of products in view: key of SHARES
+    scale: str                  # key of PRODUCT_SIZES
+    number: str                 # of products in view: key of STAGING_SHARES
     duration: str               # how long p is visible
     others: list                # products that may be in view beside p
     companion: int              # of a pair clip, else None
 
 
 def _plan_clip(rng, p, products, frames, distractors):
-    number, scale = rng.choice(list(SHARES)), rng.choice(list(SIZES))
+    number = rng.choice(list(STAGING_SHARES))
+    scale = rng.choice(list(PRODUCT_SIZES))
     others = [o for o in range(len(products)) if o != p]
     alike = [o for o in others if products[o]["category"] == products[p]["category"]]
-    unlike, companion = sorted({*others} - {*alike}), None
+    unlike = sorted({*others} - {*alike})
+    companion = None
     if distractors == "same" and len(alike) > 2:
         others = alike
     elif unlike and rng.random() < PAIR:
@@ -1036,8 +1053,8 @@ def _plan_clip(rng, p, products, frames, distractors):
     absent = round(rng.choice(list(ABSENT), p=list(ABSENT.values())) * frames / 8)
     absent = min(frames - 2, absent)
     duration = "short" if 1 - absent / frames < 0.7 else "medium" if absent else "long"
-    shown = ["held"] * CLEAR[duration]
-    shown += [*rng.choice(STAGINGS, frames - absent - len(shown), p=SHARES[number])]
+    shown = ["held"] * LEAST_HELD[duration]
+    shown += [*rng.choice(STAGINGS, frames - absent - len(shown), p=STAGING_SHARES[number])]
     if companion is not None:
         shown = ["pair"] * len(shown)
     stagings = rng.permutation(shown + ["absent"] * absent)
@@ -1046,44 +1063,64 @@ def _plan_clip(rng, p, products, frames, distractors):
 
 def _backdrop(rng, plan, sprites, side):
     """Wall, shelf and table of a clip, larger than a frame so that the camera can move."""
-    stock, big = [plan.p, *plan.others], round(side * 1.15)
+    stock = [plan.p, *plan.others]
+    big = round(side * 1.15)
     count = min(len(stock), rng.integers(*SHELF[plan.number]))
     scene = Image.new("RGB", (big, big), _rgb(rng.random(), 0.2, rng.uniform(0.5, 0.95)))
     table = _rgb(rng.random(), 0.25, rng.uniform(0.35, 0.8))
     _draw(scene, "R0 0 24 100 26|R1 0 80 100 100", [(90, 80, 70), table], 0, 0, big)
     for n, other in enumerate(rng.choice(stock, count, replace=False)):
-        size, x = side * rng.uniform(0.14, 0.19), big * (n + 0.5 + rng.uniform(-0.1, 0.1)) / count
+        size = side * rng.uniform(0.14, 0.19)
+        x = big * (n + 0.5 + rng.uniform(-0.1, 0.1)) / count
         _paste(scene, sprites[other], rng, x, 0.28 * side - size * 0.5, size, tilt=4)
     return scene
+
+
+def _products_in_view(rng, plan, staging):
+    """The products in the hands and on the table of a frame."""
+    p, absent = plan.p, staging == "absent"
+    other = rng.choice(plan.others)
+    other_held = rng.random() < OTHER_HELD
+    in_hands = {"two held": [p, other], "lifted": [other], "table": [], "pair": [p, plan.companion],
+                "absent": [other] if other_held else []}.get(staging, [p])
+    on_table = []
+    if staging in ("lifted", "table") or (absent and rng.random() < 0.5):
+        on_table = rng.choice(plan.others, rng.integers(2, 4), replace=False).tolist()
+        if not absent:
+            on_table.append(p)
+    return in_hands, on_table
+
+
+def _draw_person(rng, frame, look):
+    """Draw the salesperson -> the places (x, y) of both hands. look: shirt, skin, hair."""
+    side, draw, hands = frame.width, ImageDraw.Draw(frame), []
+    middle = side * rng.uniform(0.44, 0.56)
+    _draw(frame, PERSON, look, middle - side / 2, 0, side)
+    for arm in (-side, side):
+        hands.append((middle + arm * rng.uniform(0.18, 0.30), side * rng.uniform(0.50, 0.68)))
+        draw.line([middle + arm * 0.17, side * 0.47, *hands[-1]], look[1], round(side * 0.06))
+    return hands
 
 
 def _frame(rng, plan, staging, sprites, scene, size, look):
     """One frame of a clip: RGB picture and the box of product p, [] when it is absent. size: of p,
     as a share of the frame."""
-    p, others, absent, on_table = plan.p, plan.others, staging == "absent", []
-    other = rng.choice(others)
-    in_hands = {"two held": [p, other], "lifted": [other], "table": [], "pair": [p, plan.companion],
-                "absent": [other] * (rng.random() < LIFTED_INSTEAD)}.get(staging, [p])
-    if staging in ("lifted", "table") or absent and rng.random() < 0.5:
-        on_table = rng.choice(others, rng.integers(2, 4), replace=False).tolist()
-        on_table += [] if absent else [p]
-    side, skin, boxes, hands = round(scene.width / 1.15), look[1], {}, []
+    in_hands, on_table = _products_in_view(rng, plan, staging)
+    side, skin = round(scene.width / 1.15), look[1]
     left, top = rng.integers(0, scene.width - side + 1, 2).tolist()
     frame = scene.crop((left, top, left + side, top + side))
-    draw, middle = ImageDraw.Draw(frame), side * rng.uniform(0.44, 0.56)
-    _draw(frame, PERSON, look, middle - side / 2, 0, side)
-    for arm in (-side, side):
-        hands.append((middle + arm * rng.uniform(0.18, 0.30), side * rng.uniform(0.50, 0.68)))
-        draw.line([middle + arm * 0.17, side * 0.47, *hands[-1]], skin, round(side * 0.06))
+    hands = _draw_person(rng, frame, look)
+    draw, boxes = ImageDraw.Draw(frame), {}
     for slot, which in enumerate(rng.permutation(on_table)):
         x = side * (slot + 0.5 + rng.uniform(-0.08, 0.08)) / len(on_table)
-        y, small = side * rng.uniform(0.80, 0.86), side * min(size, 0.30) * rng.uniform(0.8, 0.95)
+        y = side * rng.uniform(0.80, 0.86)
+        small = side * min(size, 0.30) * rng.uniform(0.8, 0.95)
         boxes[which] = _paste(frame, sprites[which], rng, x, y, small, tilt=12)
     for which, (x, y) in zip(rng.permutation(in_hands), rng.permutation(hands)):
         pixels = size * rng.uniform(0.92, 1.08) * side
         boxes[which] = _paste(frame, sprites[which], rng, x, y - 0.12 * pixels, pixels)
         draw.ellipse([x - 0.06 * side, y, x + 0.06 * side, y + 0.07 * side], skin)
-    box = boxes.get(p, [])
+    box = boxes.get(plan.p, [])
     if staging == "occluded":                      # a palm over a part of the product
         x, y = rng.uniform(box[0], box[2]), rng.uniform(box[1], box[3])
         reach = size * side * rng.uniform(0.22, 0.3)
@@ -1103,8 +1140,10 @@ def _texts(rng, product, pair=False):
     said = rng.choice(CHATTER, 3, replace=False).tolist()
     chances = {hue: 1.0 if pair else 0.5, pattern: 0.3, category: 1.0 if pair else 0.6}
     said.insert(rng.integers(4), " ".join(w for w, p in chances.items() if rng.random() < p))
-    words, vocabulary = " ".join(said).split(), [*HUES, *CATEGORIES, *" ".join(CHATTER).split()]
-    heard = [rng.choice(vocabulary) if rng.random() < WRONG_WORDS else word for word in words]
+    vocabulary = [*HUES, *CATEGORIES, *" ".join(CHATTER).split()]
+    heard = []
+    for word in " ".join(said).split():
+        heard.append(rng.choice(vocabulary) if rng.random() < WRONG_WORDS else word)
     return " ".join(filter(None, title)), " ".join(heard)
 
 
@@ -1126,7 +1165,8 @@ def _render_live(root, options, split, number):
     rng = np.random.default_rng((options["seed"], ("train", "val", "test").index(split), number))
     count = options["products"] if train else options["gallery"]
     products, family = _shop_products(rng, count, options["distractors"])
-    sprites, files = [_sprite(p, 2 * side) for p in products], defaultdict(dict)
+    sprites = [_sprite(product, 2 * side) for product in products]
+    files = defaultdict(dict)
     live = "-".join(f"{v:04x}" for v in rng.integers(0, 2 ** 16, 4))
     titles = _render_shop(rng, root / "images", products, sprites, side)
     look = (_rgb(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.3, 0.9)),       # shirt
@@ -1136,7 +1176,8 @@ def _render_live(root, options, split, number):
     for n, p in enumerate([*rng.permutation(count), *again]):
         plan = _plan_clip(rng, p, products, frames, options["distractors"])
         scene = _backdrop(rng, plan, sprites, side)
-        size, boxes = rng.uniform(*SIZES[plan.scale]), {}
+        size = rng.uniform(*PRODUCT_SIZES[plan.scale])
+        boxes = {}
         start = 1667916000000 + number * 86400000 + n * 30000 * frames
         video_id = f"{live}-{start}-{start + frames * 1000}"
         for t, staging in enumerate(plan.stagings):
@@ -1226,7 +1267,8 @@ def render(root, distractors="natural", processes=None, **options):
 def check(root, decode=False, processes=None):
     """Print what is in a folder and what is wrong, write annotations/skip.txt: training clips that
     cannot be used. -> True when more than 1 % of something is wrong"""
-    root, problems, skip, categories = Path(root), {}, {}, {}
+    root = Path(root)
+    problems, skip, categories = {}, {}, {}
     counts, wrong = Counter(), Counter()
     skip_file = root / "annotations" / "skip.txt"
     for name, start in (("train", "training_"), ("val", "val_"), ("test", "test_")):
@@ -1241,13 +1283,14 @@ def check(root, decode=False, processes=None):
         job = functools.partial(_check_clips, root, name, categories, decode)
         with process_pool(processes) as pool:
             parts = pool.map(job, starts)
-            for found, counted in progress_bar(parts, f"check {name}", total=len(starts)):
-                counts.update(counted)
-                for kind, text, video_id in found:
+            for findings in progress_bar(parts, f"check {name}", total=len(starts)):
+                counts.update(findings.counts)
+                for kind, text, video_id in findings.problems:
                     wrong[kind] += 1
                     if wrong[kind] <= 10:             # millions of texts would fill the memory
                         problems.setdefault(kind, []).append(text)
-                    skip |= {video_id: text} if name == "train" else {}
+                    if name == "train":
+                        skip[video_id] = text
     require(counts, f"{root}/annotations: no training_videoinfo_*.txt and no test files")
     for kind, texts in problems.items():
         print(f"{kind}: {wrong[kind]} of {counts[kind]} wrong", *texts, sep="\n    ")
@@ -1266,39 +1309,52 @@ def check(root, decode=False, processes=None):
 _open_split = functools.cache(functools.partial(LPRSplit, heed_skip=False))
 
 
+class _Findings:
+    """problems [(kind, text, video id)], and counts {kind: how many were looked at}."""
+
+    def __init__(self):
+        self.problems, self.counts = [], Counter()
+
+    def attempt(self, video_id, kind, function, *arguments):
+        """What function(*arguments) gives; a BadInput becomes a problem, and None."""
+        self.counts[kind] += 1
+        try:
+            return function(*arguments)
+        except BadInput as error:
+            self.problems.append((kind, str(error), video_id))
+            return None
+
+
 def _check_clips(root, name, categories, decode, start):
-    """Problems of 256 clips, [(kind, text, video id)], and what was looked at, {kind: count}."""
-    split, found, counts, looked_at = _open_split(root, name), [], Counter(), set()
+    """-> _Findings of 256 clips."""
+    split, findings, looked_at = _open_split(root, name), _Findings(), set()
     for i in range(start, min(start + 256, len(split))):
         video_id = split.training_row(i)[1][0] if name == "train" else split.video_ids[i]
-
-        def attempt(kind, function, *arguments):
-            counts[kind] += 1
-            try:
-                return function(*arguments)
-            except BadInput as error:
-                found.append((kind, str(error), video_id))
-
-        clip = attempt("rows", split.clip, i)
+        clip = findings.attempt(video_id, "rows", split.clip, i)
         if clip is None:
             continue
         images = clip.image_ids
         if name != "train" and split.galleries:
-            images = split.galleries.get(live_of(video_id), [])
-            counts["galleries"] += 1
-            if not set(images) & set(clip.image_ids):
-                live = f"its live {live_of(video_id)!r} ({len(images)} images)"
-                found.append(("galleries", f"{video_id}: the gallery of {live} holds none of its "
-                              f"true images {clip.image_ids}", video_id))
-            images = [image_id for image_id in images if image_id not in looked_at]
+            findings.attempt(video_id, "galleries", _check_gallery, split, clip)
+            gallery = split.galleries.get(live_of(video_id), [])
+            images = [image_id for image_id in gallery if image_id not in looked_at]
             looked_at.update(images)            # a gallery is looked at once, not once a clip
         for image_id in images:
-            attempt("images", _check_image, split, image_id, decode)
+            findings.attempt(video_id, "images", _check_image, split, image_id, decode)
         count = len(clip.frame_ids)
         for t in range(count) if clip.boxes else even_frames(count, 10):
             boxes = clip.boxes[t] if clip.boxes else ()
-            attempt("frames", _check_frame, split, clip.frame_ids[t], boxes, categories, decode)
-    return found, counts
+            findings.attempt(video_id, "frames", _check_frame, split, clip.frame_ids[t], boxes,
+                             categories, decode)
+    return findings
+
+
+def _check_gallery(split, clip):
+    live = live_of(clip.video_id)
+    gallery = split.galleries.get(live, [])
+    require(set(gallery) & set(clip.image_ids),
+            f"{clip.video_id}: the gallery of its live {live!r} ({len(gallery)} images) holds none "
+            f"of its true images {clip.image_ids}")
 
 
 @functools.lru_cache(100_000)
@@ -1413,7 +1469,8 @@ def lpr750k(source, root):
     {"frames": [path, ...], "gt": [image, ...]}}; gallery_*.txt with a path LIVE/IMAGE a row; and
     the test_ files of the layout, which are taken as they are. -> {what happened: count}
     """
-    source, root, done = Path(source).resolve(), Path(root), Tally()
+    source, root = Path(source).resolve(), Path(root)
+    done = Tally()
     annotations, target = source / "annotations", root / "annotations"
     target.mkdir(parents=True, exist_ok=True)
     training = sorted(annotations.glob("training_videoinfo_*.txt"))
@@ -1434,7 +1491,7 @@ def lpr750k(source, root):
 
 
 def _training_file_of_750k(source, root, path, done):
-    number, malformed = 0, []
+    malformed, number = [], 0
     target = root / "annotations" / path.name
     with open(path, "rb") as lines, atomic_write(target) as part, open(part, "wb") as file:
         for number, line in enumerate(progress_bar(lines, path.name, unit="row"), 1):
@@ -1491,11 +1548,11 @@ def _galleries_of_750k(source, root, file, done):
     """Link the shop images of the test lives -> {live_id: [image_id, ...]}."""
     galleries = defaultdict(list)
     for path in progress_bar(read_text(file).splitlines(), file.name):
-        live, image_id = Path(path.strip()).parent.name, _image_id_of_750k(path.strip())
+        image_id = _image_id_of_750k(path.strip())
         if image_id:
             picture = path_of(source, path.strip(), "gallery")
             link_picture(picture, path_inside(root / "images" / image_id[:2], image_id), done)
-            galleries[live].append(image_id)
+            galleries[Path(path.strip()).parent.name].append(image_id)       # by its live
     return galleries
 
 
@@ -1550,7 +1607,8 @@ def movingfashion(source, root, processes=None):
     """MovingFashion (train.json, test.json, videos/, imgs/) -> the layout in `root`: a clip a
     video, a frame a second. All test images form one gallery."""
     need_ffmpeg(source)
-    source, root, videos, gallery = Path(source).resolve(), Path(root), {}, []
+    source, root = Path(source).resolve(), Path(root)
+    videos, gallery = {}, []
     done = Tally()
     for folder in ("annotations", "frames", "images"):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -1558,9 +1616,11 @@ def movingfashion(source, root, processes=None):
         file = source / f"{split}.json"
         with expecting(f"{file}: expected {{key: {{img_path, video_paths}}}}"):
             for key, entry in json.loads(read_text(file)).items():
-                image, image_id = path_of(source, entry["img_path"]), f"{split}-{key}"
+                image_id = f"{split}-{key}"
+                image = path_of(source, entry["img_path"])
                 link_picture(image, path_inside(root / "images", image_id), done)
-                gallery += [image_id] if split == "test" else []
+                if split == "test":
+                    gallery.append(image_id)
                 for n, path in enumerate(entry["video_paths"]):
                     videos[f"{image_id}_{n}-0-0"] = path_of(source, path)
     rows, positives = [], {}

@@ -11,7 +11,6 @@ says cxcywh.
 """
 import contextlib
 import datetime
-import functools
 import glob
 import hashlib
 import itertools
@@ -73,40 +72,46 @@ def rank_by_score(detections):
     return rank
 
 
-def coco_match(truth, detections):
-    """Which detections find a true box at IoU 0.5, 0.55 .. 0.95 -> tp [V,detections].
-
-    COCO's rule: in each image and category the detection of the highest score takes the free true
-    box of the greatest IoU (of equal ones the last), then the second, and so on.
-    """
+def pairs_in_one_image(detections, truth):
+    """All pairs of a detection and a true box of the same image and category -> the row of the
+    detection and of the true box of each pair, by detection."""
     categories = 1 + max(truth["category"].max(), detections["category"].max(initial=-1))
     truth_key = image_and_category(truth, categories)
     detection_key = image_and_category(detections, categories)
-
-    # All pairs of a detection and a true box of the same image and category.
     by_key = np.argsort(truth_key, kind="stable")
     first = np.searchsorted(truth_key, detection_key, sorter=by_key)
     count = np.searchsorted(truth_key, detection_key, "right", by_key) - first
     pair_detection = np.repeat(np.arange(len(detection_key)), count)
-    pair_start = np.repeat(np.cumsum(count) - count, count)
-    within = np.arange(len(pair_detection)) - pair_start       # 0, 1, ... for each detection
-    pair_truth = by_key[first[pair_detection] + within]
+    start = np.repeat(np.cumsum(count) - count, count)         # a detection's first pair
+    within = np.arange(len(pair_detection)) - start            # 0, 1, ... for each detection
+    return pair_detection, by_key[first[pair_detection] + within]
+
+
+def coco_match(truth, detections):
+    """Which detections find a true box at IoU 0.5, 0.55 .. 0.95 -> tp [V,detections].
+
+    COCO's rule: in each image and category the detection of the highest score takes the free true
+    box of the greatest IoU (of equal ones the last), then the second, and so on. All images take
+    this turn together, so that Python's loop is as long as the longest list of an image.
+    """
+    pair_detection, pair_truth = pairs_in_one_image(detections, truth)
     iou = box_iou_rows(detections["box_xyxy"][pair_detection], truth["box_xyxy"][pair_truth])
 
-    # The pairs of the best detection of every image and category, then of the second best, ...
+    # Round 0 has the pairs of the best detection of every image and category, round 1 those of the
+    # second best, ...; within a detection the pairs stand in the order in which it wants them.
     rank = rank_by_score(detections)
     order = np.lexsort((-pair_truth, -iou, pair_detection, rank[pair_detection]))
     pair_detection, pair_truth, iou = pair_detection[order], pair_truth[order], iou[order]
     ranks = np.arange(rank.max(initial=-1) + 2)
     round_start = np.searchsorted(rank[pair_detection], ranks)
 
-    # In a round each detection takes its best true box that is still free.
-    tp = np.zeros((10, len(detection_key)), bool)
+    tp = np.zeros((10, len(rank)), bool)
     for v, threshold in enumerate(np.linspace(0.5, 0.95, 10)):
-        free = np.ones(len(truth_key), bool)
+        free = np.ones(len(truth["image"]), bool)
         for low, high in zip(round_start, round_start[1:]):
             candidate = free[pair_truth[low:high]] & (iou[low:high] >= threshold)
             candidate = low + np.flatnonzero(candidate)
+            # Of each detection np.unique gives the first pair: its best box that is still free.
             matched, best = np.unique(pair_detection[candidate], return_index=True)
             free[pair_truth[candidate[best]]] = False
             tp[v, matched] = True
@@ -117,7 +122,8 @@ def mean_precision(truth, detections, tp):
     """AP, AP50, AP75 and AP per category from the matching tp [V,detections]. The caller may pass a
     part of the rows of a matching: one matching serves every column of Table 1."""
     order = np.lexsort((detections["image"], -detections["score"]))  # equal scores: by image
-    category, per_category = detections["category"][order], {}
+    category = detections["category"][order]
+    per_category = {}
     for c, total in zip(*np.unique(truth["category"], return_counts=True)):
         hits = tp[:, order[category == c]].cumsum(1)
         precision = hits / np.arange(1, hits.shape[1] + 1)
@@ -143,13 +149,14 @@ def average_precision(truth, detections):
 
 def rank_of_first_positive(similarity, positive, gallery=None):
     """How many images rank before the first true one: similarity, positive, gallery [Q,G] -> [Q].
-    Ties count against us, and so does NaN. Without a true image of finite score in the gallery:
-    the largest integer. What cannot be read: see rank_live."""
+    An image of the same score, or of score NaN, ranks before it. Without a true image of finite
+    score in the gallery: the largest integer."""
     similarity, positive = np.asarray(similarity), np.asarray(positive, bool)
     gallery = np.ones_like(positive) if gallery is None else np.asarray(gallery, bool)
     true = positive & gallery & np.isfinite(similarity)
     best = np.where(true, similarity, -np.inf).max(1, initial=-np.inf)
-    ahead = (gallery & ~positive & ~(similarity < best[:, None])).sum(1)
+    not_behind = ~(similarity < best[:, None])                        # True for NaN as well
+    ahead = (gallery & ~positive & not_behind).sum(1)
     return np.where(np.isfinite(best), ahead, np.iinfo(np.int64).max)
 
 
@@ -263,24 +270,23 @@ def print_notes(split):
 
 # ---- predicting boxes
 
-# The gain of MD over MD with T = 1 comes from the other frames; that of MD with T = 1 over SD from
-# more layers and more training.
 METHODS = {"sd": "SD", "md_t1": "MD, T = 1", "md": "MD"}
 
 
 def run_methods(model, frames, padding_mask, valid, with_t1):
     """{method: (logits [B,T,N,K], boxes_cxcywh [B,T,N,4])} of a batch: "sd", and of MD also "md"
-    and, with_t1, "md_t1", the same MD that sees each frame as a clip of its own."""
+    and, with_t1, "md_t1", the same MD that sees each frame as a clip of its own. What MD gains
+    over that comes from the other frames; the rest from more layers and more training."""
     if isinstance(model, detect.SD):
         logits, boxes = model(frames.flatten(0, 1), padding_mask.flatten(0, 1))
         return {"sd": (logits[-1].unflatten(0, valid.shape), boxes[-1].unflatten(0, valid.shape))}
     queries, logits, boxes, *memory = model.run_sd(frames, padding_mask)
     answers = {"sd": (logits, boxes)}
     if with_t1:
-        alone = [x.flatten(0, 1)[:, None] for x in (queries, logits, boxes)]      # [B*T,1,N,.]
+        alone = [x.flatten(0, 1)[:, None] for x in (queries, logits, boxes)]      # [B*T,1,N,D]
         each_frame = torch.ones(valid.numel(), 1, dtype=torch.bool, device=valid.device)
         all_logits, all_boxes = model.run_ttm(*alone, *memory, each_frame)
-        answers["md_t1"] = [last.unflatten(0, valid.shape)[:, :, 0]      # [B,T,k,.]
+        answers["md_t1"] = [last.unflatten(0, valid.shape)[:, :, 0]      # [B,T,k,D]
                             for last in (all_logits[-1], all_boxes[-1])]
     all_logits, all_boxes = model.run_ttm(queries, logits, boxes, *memory, valid)
     answers["md"] = all_logits[-1], all_boxes[-1]
@@ -337,7 +343,8 @@ def predict_boxes(checkpoint, split, folder, device, every_frame=True, model=Non
             print(f"{folder}: predicted boxes are written here, the run folder is read-only")
     path = Path(folder) / f"boxes-{split.name}-{key}.npy"
     if not all_gather_object(path.exists())[0]:
-        model, parts = model or load_model(checkpoint, device), path.with_suffix("")
+        model = model or load_model(checkpoint, device)
+        parts = path.with_suffix("")
         _predict_parts(model, checkpoint, split, parts, device, every_frame)
         if is_main_process():
             _join_parts(parts, path)
@@ -348,7 +355,8 @@ def predict_boxes(checkpoint, split, folder, device, every_frame=True, model=Non
 def _predict_parts(model, checkpoint, split, folder, device, every_frame):
     """Predict this process's share of the parts, and wait for the others. A part is the rows of
     some clips, saved as FOLDER/<first clip>.npy; a part that a stopped run wrote is kept."""
-    config, (rank, world) = checkpoint["config"], start_processes()
+    config = checkpoint["config"]
+    rank, world = start_processes()
     dataset = data.FrameDataset(split, checkpoint["categories"], config.frames, config.short_side,
                                 config.long_side, every_frame=every_frame)
     require(len(dataset), f"{split.root}: the clips of the {split.name} split have no frames")
@@ -365,13 +373,14 @@ def _predict_parts(model, checkpoint, split, folder, device, every_frame):
     # A batch never depends on the number of processes: padding may change a box a little.
     batches = itertools.chain.from_iterable(map(batches_of, mine))
     loader = data.make_loader(dataset, batches, config.workers, device, data.collate_detection)
-    batches, bf16 = iter(loader), config.precision == "bf16"
+    batches = iter(loader)
+    bf16 = config.precision == "bf16"
     for name in progress_bar(mine, f"detect {split.name}", is_main_process(), unit="part"):
         rows = [boxes_of_batch(model, next(batches), device, bf16, every_frame)
                 for _ in batches_of(name)]
         with data.atomic_write(name) as temporary, open(temporary, "wb") as file:
             np.save(file, np.concatenate(rows) if rows else np.zeros(0))
-    # No collective: others may need hours more. Once all are joined, the parts are gone.
+    # Others may need hours more, too long for a collective. The joined file replaces the parts.
     while not (folder.with_suffix(".npy").exists() or all(map(Path.exists, names))):
         time.sleep(0.2)
 
@@ -397,7 +406,9 @@ def boxes_by_clip(rows, method, clips):
 
 # ---- Table 1
 
-COLUMNS_1 = ("AP", "AP50", "AP75", *(f"{v} {name}" for name, vs in data.SPLITS.items() for v in vs))
+COLUMNS_1 = ["AP", "AP50", "AP75"]
+for subset, values in data.SUBSETS.items():
+    COLUMNS_1 += [f"{value} {subset}" for value in values]
 PAPER_1 = [
     ("paper's SD (LPR4M)", 36.6, 46.6, 39.6, 27.5, 44.8, 69.0, 23.6, 45.8, 65.4, 20.7, 21.1, 39.8),
     ("paper's MD (LPR4M)", 37.0, 47.1, 40.2, 27.7, 45.1, 72.7, 24.8, 47.5, 65.7, 25.1, 21.2, 40.3)]
@@ -424,10 +435,12 @@ def ground_truth(rows, split, categories):
     """The true boxes of the frames in `rows`, for average_precision; image: number of the row. A
     category that training does not know is a class of its own, -1: not told."""
     class_of = {category: k for k, category in enumerate(categories)}
-    images, classes, boxes, last = [], [], [], -1
+    images, classes, boxes = [], [], []
+    last = -1                                   # the clip that is parsed now
     for row, (c, t) in enumerate(zip(rows["clip"].tolist(), rows["frame"].tolist())):
         if c != last:
-            clip, last = split.clip(c), c
+            clip = split.clip(c)
+            last = c
         for *box, category in clip.boxes[t].tolist() if clip.boxes else ():
             unknown = -1 if category < 0 else len(class_of) + int(category)
             classes.append(class_of.get(category, unknown))
@@ -442,7 +455,8 @@ def table_1(rows, split, categories):
     truth = ground_truth(rows, split, categories)
     parts = {name: np.array([video_id in ids for video_id in split.video_ids])[rows["clip"]]
              for name, ids in split.subsets.items()}
-    results, readable = {}, np.flatnonzero(rows["sd"][:, 4] >= 0)
+    readable = np.flatnonzero(rows["sd"][:, 4] >= 0)
+    results = {}
     for method in rows.dtype.names[2:]:                       # after clip and frame
         box = rows[method][readable]
         found = {"image": readable, "category": box[:, 5].astype(int), "box_xyxy": box[:, :4],
@@ -479,17 +493,12 @@ SOURCES = {"true": "true boxes", "md": "MD boxes", "sd": "SD boxes", "none": "wh
 REMARKS = {
     "boxes of unknown categories": "{} true boxes have a category that training did not know; they "
                                    "cannot be found in the rows per category.",
-    "without": "{} clips have no gallery and count as misses.",
+    "no gallery": "{} clips have no gallery and count as misses.",
     "no true image": "{} clips have no true image in the gallery of their live and count as "
                      "misses; `python data.py check` names them.",
     "untitled": "In {} lives some images have no title. Titles are not used there: a title alone "
                 "could give the true image away."}
 SCORES = {"icl": "ICL", "pmd": "PMD", "fused": "ICL + PMD"}
-
-
-def read_photo(photos, name):
-    """A photo of {name: path}."""
-    return data.read_picture(photos[name])
 
 
 class Embedder:
@@ -504,7 +513,8 @@ class Embedder:
     @torch.no_grad()
     def embed(self, dataset, items, encode):
         """Run `encode` on all batches of a data set -> each of its outputs, concatenated."""
-        workers, rows = self.config.workers if len(items) > 64 else 0, []
+        workers = self.config.workers if len(items) > 64 else 0
+        rows = []
         batches = data.evaluation_batches(items, 64)
         for batch in data.make_loader(dataset, batches, workers, self.device):
             rows.append(encode({name: value.to(self.device) for name, value in batch.items()}))
@@ -512,11 +522,11 @@ class Embedder:
 
     def embed_images(self, read, titles, ids, tokens=True):
         """Shop images (arguments of data.GalleryDataset) -> embedding [G,D], tokens [G,1+P+1,C]
-        (tokens=False: the embedding again), valid [G]."""
+        (tokens=False: none, for they take memory), valid [G]."""
         def encode(batch):
             pixels = data.normalize(batch["image"], data.CLIP)
             image, image_tokens, _ = self.model.encode_images(pixels, batch["title"])
-            return image, image_tokens if tokens else image, batch["valid"]
+            return image, image_tokens if tokens else image_tokens[:, :0], batch["valid"]
         titles = titles if self.config.text in ("title", "both") else {}
         dataset = data.GalleryDataset(read, titles, self.tokenizer, self.config.image_size, ids,
                                       self.config.crop)
@@ -525,7 +535,7 @@ class Embedder:
     def embed_photos(self, photos, titles, tokens=True):
         """Photos {name: path} -> names, embedding, tokens of those that can be read. Prints the
         others; BadInput when none can be read."""
-        read = functools.partial(read_photo, photos)
+        read = lambda name: data.read_picture(photos[name])
         image, image_tokens, readable = self.embed_images(read, titles, list(photos), tokens)
         names = []
         for name, good in zip(photos, readable.tolist()):
@@ -607,13 +617,17 @@ def box_sources(checkpoint, split, folder, device):
 def table_2(checkpoint, split, folder, device, model=None, own_source=False):
     """Table 2 in percent through each source of boxes (own_source: that of the training alone) ->
     {source: {score: {"R1": ...}}}, counts, and {live: what rank_live gave}."""
-    clips_of, (rank, world), ranked, results = {}, start_processes(), {}, {}
+    clips_of = {}
     for q, video_id in enumerate(split.video_ids):
         clips_of.setdefault(data.live_of(video_id), []).append(q)
-    served = list(filter(split.galleries.get, clips_of))
-    embedder, own = Embedder(checkpoint, device, model), checkpoint["config"].box_source
+    served = [live for live in clips_of if split.galleries.get(live)]
+    embedder = Embedder(checkpoint, device, model)
+    own = checkpoint["config"].box_source
     sources = box_sources(checkpoint, split, folder, device)
-    sources = {own: sources[own]} if own_source else sources
+    if own_source:
+        sources = {own: sources[own]}
+    rank, world = start_processes()
+    ranked, results = {}, {}
     for live in progress_bar(served[rank::world], "rank lives", is_main_process()):
         ranked[live] = rank_live(embedder, split, live, clips_of[live], sources)
     for part in all_gather_object(ranked):
@@ -622,7 +636,7 @@ def table_2(checkpoint, split, folder, device, model=None, own_source=False):
     for source, score in itertools.product(sources, scores):
         results.setdefault(source, {})[score] = table_2_row(ranked, split, source, score)
     counts = {"clips": len(split), "lives": len(clips_of), "source": own} | count_all(ranked)
-    counts["without"] = len(split) - counts.pop("ranked")
+    counts["no gallery"] = len(split) - counts.pop("ranked")
     return results, counts, ranked
 
 
@@ -677,10 +691,12 @@ def show_table_1(result, markdown):
 
 def show_table_2(result, markdown):
     """Title and lines of Table 2."""
-    names, rows = SCORES | {"pmd": f"PMD on the first {result['config']['rerank']}"}, []
+    names = SCORES | {"pmd": f"PMD on the first {result['config']['rerank']}"}
+    columns, rows = [], []
     for source, scores in result["results"].items():
-        for score, columns in scores.items():
-            rows.append((f"{SOURCES[source]}, {names[score]}", *columns.values()))
+        for score, values in scores.items():
+            columns = list(values)
+            rows.append((f"{SOURCES[source]}, {names[score]}", *values.values()))
     rows += [("chance of R1", result["counts"]["chance"]), *PAPER_2]
     title = ("Table 2, rank-k in the gallery of each live, seed {seed} ({clips} clips, {lives} "
              "lives, {gallery:.1f} images a gallery, missing={missing}, missing images="
@@ -693,8 +709,9 @@ def show_table_2(result, markdown):
 
 
 @dataclass
-class Look:
-    """What pictures are drawn from, and what scripts judge anew: the clips and the answers."""
+class Predictions:
+    """What a checkpoint said of the clips of a split. Pictures are drawn from it, and scripts in
+    tests/ judge it in other ways."""
     stage: str
     split: data.LPRSplit
     categories: dict            # {category id: name} of the training
@@ -704,13 +721,16 @@ class Look:
 
 
 def evaluate(path, data_dir=None, split_name="test", out=None, workers=None, rerank=None):
-    """Evaluate a checkpoint -> every number as plain values, and a Look."""
+    """Evaluate a checkpoint -> every number as plain values, and Predictions."""
     start_processes()
-    device, checkpoint = pick_device(), load_checkpoint(path)
-    config, folder = checkpoint["config"], Path(out or Path(path).parent)
+    device = pick_device()
+    checkpoint = load_checkpoint(path)
+    config = checkpoint["config"]
+    folder = Path(out or Path(path).parent)
     if workers is not None:
         config.workers = workers
-        checkpoint.get("detector", checkpoint)["config"].workers = workers
+        if "detector" in checkpoint:
+            checkpoint["detector"]["config"].workers = workers
     config.rerank = rerank or config.rerank
     folder.mkdir(parents=True, exist_ok=True)
     split = data.LPRSplit(data_dir or config.data, "train" if config.overfit else split_name)
@@ -718,25 +738,26 @@ def evaluate(path, data_dir=None, split_name="test", out=None, workers=None, rer
         split.subset(config.overfit)
     print_notes(split)
     check_split(split, config.stage)
-    look = Look(config.stage, split, checkpoint["categories"])
+    predicted = Predictions(config.stage, split, checkpoint["categories"])
     if config.stage == "rice":
-        results, counts, look.rankings = table_2(checkpoint, split, folder, device)
-        look.source = counts["source"]
+        results, counts, predicted.rankings = table_2(checkpoint, split, folder, device)
+        predicted.source = counts["source"]
     else:
-        look.boxes = predict_boxes(checkpoint, split, folder, device)
-        results, counts = table_1(look.boxes, split, checkpoint["categories"])
+        predicted.boxes = predict_boxes(checkpoint, split, folder, device)
+        results, counts = table_1(predicted.boxes, split, checkpoint["categories"])
     result = {"stage": config.stage, "data": str(split.root), "split": split.name,
               "step": checkpoint["step"], "counts": counts, "results": results,
               "config": vars(config), "versions": checkpoint["versions"],
               "files": stamp_of_files(split.root, split.name),
               "left out of training": checkpoint["left_out"]}
-    return result, look
+    return result, predicted
 
 
 def validation_metric(model, checkpoint, folder, device):
     """{"R1": by ICL} or {"AP50": class-agnostic} in percent on the val lives."""
     checkpoint = with_namespaces(checkpoint)
-    config, split = checkpoint["config"], data.LPRSplit(checkpoint["config"].data, "val")
+    config = checkpoint["config"]
+    split = data.LPRSplit(config.data, "val")
     if config.stage == "rice":
         results, _, _ = table_2(checkpoint, split, folder, device, model, own_source=True)
         return {"R1": results[config.box_source]["icl"]["R1"]}
@@ -748,7 +769,9 @@ def validation_metric(model, checkpoint, folder, device):
     return {"AP50": results[config.stage]["class-agnostic"]["AP50"]}
 
 
-SAME_ROW = "seed", "out", "data", "detector_dir", "workers", "save_every", "log_every", "eval_every"
+# Checkpoints that differ in nothing but these are seeds of one configuration.
+NO_CONFIGURATION = ("seed", "out", "data", "detector_dir", "workers", "save_every", "log_every",
+                    "eval_every")
 
 
 def named_rows(result, every_source):
@@ -766,15 +789,18 @@ def named_rows(result, every_source):
 
 def show_seeds(results, markdown=False):
     """Rows of each configuration: mean and deviation over its seeds."""
-    differing, groups, rows = [], {}, []
+    differing = []
     for name in results[0]["config"]:
         values = [result["config"].get(name) for result in results]
-        if name not in SAME_ROW and values != values[:1] * len(values):
+        if name not in NO_CONFIGURATION and any(value != values[0] for value in values):
             differing.append(name)
+    groups = {}                                  # {name of a row: [its values by each seed]}
     for result in results:
         fields = [f"{name}={result['config'].get(name)}" for name in differing]
         for name, columns in named_rows(result, every_source=not differing):
             groups.setdefault(" ".join([*fields, name]), []).append(columns.values())
+    header = "", "seeds", *columns
+    rows = []
     for name, seeds in groups.items():
         rows.append((name, str(len(seeds))))
         for values in zip(*seeds):
@@ -784,7 +810,7 @@ def show_seeds(results, markdown=False):
             rows[-1] += (cell,)
     print(f"\n{results[0]['stage']}: {len(results)} checkpoints, mean ± standard deviation over "
           "seeds\n")
-    print(table(("", "seeds", *columns), rows, markdown))
+    print(table(header, rows, markdown))
 
 
 # ---- near-duplicates
@@ -795,14 +821,15 @@ def duplicates(checkpoint, folder, threshold, out="runs"):
     threshold (supplement, 5): printed, and written to OUT/duplicates.txt as picture<TAB>picture
     that it repeats."""
     require(checkpoint["config"].stage == "rice", "--duplicates: expected a --ckpt of --stage rice")
-    photos, groups = photos_of(folder), {}
-    names, feature, _ = Embedder(checkpoint, pick_device()).embed_photos(photos, {}, tokens=False)
-    first = np.arange(len(names))
+    embedder = Embedder(checkpoint, pick_device())
+    names, feature, _ = embedder.embed_photos(photos_of(folder), {}, tokens=False)
+    first = np.arange(len(names))                # the first picture of each one's group
     for start in progress_bar(range(0, len(names), 1024), "compare"):
         alike = feature[start:start + 1024] @ feature.T > threshold                  # [1024,G]
         for i, j in alike.nonzero().tolist():
             one, other = sorted((first[start + i], first[j]))
             first[first == other] = one
+    groups = {}
     for name, group in zip(names, first.tolist()):
         groups.setdefault(group, []).append(name)
     groups = [group for group in groups.values() if len(group) > 1]
@@ -830,7 +857,8 @@ def tile(read, text="", border="white"):
     except BadInput:
         picture = Image.new("RGB", (96, 96), "gray")
     picture = ImageOps.pad(picture, (SIDE, SIDE), color="white")
-    cell, font = Image.new("RGB", (SIDE + 8, SIDE + 68), "white"), ImageFont.load_default(15)
+    cell = Image.new("RGB", (SIDE + 8, SIDE + 68), "white")
+    font = ImageFont.load_default(15)
     cell.paste(ImageOps.expand(picture, 4, border))
     for name in () if text.isascii() else FONTS:
         with contextlib.suppress(OSError):
@@ -853,13 +881,16 @@ def save_sheet(rows, path):
     return path
 
 
-def detection_row(look, c):
+def detection_row(predicted, c):
     """Frames of clip c with the boxes of SD (orange), MD (blue) and the true ones (white)."""
-    clip, rows, cells = look.split.clip(c), look.boxes[look.boxes["clip"] == c], []
-    last, names = rows.dtype.names[-1], list(look.categories.values())
+    clip = predicted.split.clip(c)
+    rows = predicted.boxes[predicted.boxes["clip"] == c]
+    last = rows.dtype.names[-1]                  # MD, or SD where there is no MD
+    names = list(predicted.categories.values())
+    cells = []
     for row in rows[data.even_frames(len(rows), 8)]:
         *_, score, k = row[last]
-        cells.append(tile(lambda: frame_with_boxes(look.split, clip, row),
+        cells.append(tile(lambda: frame_with_boxes(predicted.split, clip, row),
                           f"{names[int(k)]} {score:.2f}"))
     return cells
 
@@ -887,24 +918,26 @@ def ranking_row(split, clip, text, shop, read):
     return cells + [tile(lambda: read(name), *more) for name, *more in shop]
 
 
-def first_images(look, c):
+def first_images(predicted, c):
     """The first five shop images of clip c as ranking_row takes them, with their places; true ones
     are green, others red. When none is true, the first true one takes the fifth's cell. []
     without a gallery."""
-    shop, titles = [], look.split.titles
-    live = look.rankings.get(data.live_of(look.split.video_ids[c]))
+    live = predicted.rankings.get(data.live_of(predicted.split.video_ids[c]))
     if not live:
         return []
     q = live["clips"].index(c)
-    score, true = last_score(live, look.source)[q], live["positive"][q]
+    score = last_score(live, predicted.source)[q]
+    true = live["positive"][q]
     order = np.argsort(-score, kind="stable")                           # nan comes last
     places = list(range(min(5, len(order))))
     if true.any() and not true[order[places]].any():
         places[-1] = int(true[order].argmax())
+    shop = []
     for place in places:
         g = order[place]
-        text = f"{place + 1}: {score[g]:.1f} {titles.get(live['ids'][g], '')}"
-        shop.append((live["ids"][g], text, "green" if true[g] else "red"))
+        image_id = live["ids"][g]
+        text = f"{place + 1}: {score[g]:.1f} {predicted.split.titles.get(image_id, '')}"
+        shop.append((image_id, text, "green" if true[g] else "red"))
     return shop
 
 
@@ -913,35 +946,36 @@ def last_score(live, source):
     return list(live["similarity"][source].values())[-1]
 
 
-def draw_clips(look, clips, path):
+def draw_clips(predicted, clips, path):
     """A sheet with a row for each clip -> its path."""
     rows = []
     for c in map(int, clips):
-        if look.stage == "rice":
-            clip = look.split.clip(c)
-            shop = first_images(look, c)
-            rows.append(ranking_row(look.split, clip, clip.asr, shop, look.split.image))
+        if predicted.stage == "rice":
+            clip = predicted.split.clip(c)
+            shop = first_images(predicted, c)
+            rows.append(ranking_row(predicted.split, clip, clip.asr, shop, predicted.split.image))
         else:
-            rows.append(detection_row(look, c))
+            rows.append(detection_row(predicted, c))
     return save_sheet(rows, path)
 
 
-def draw_examples(look, folder):
+def draw_examples(predicted, folder):
     """Five clips, evenly spread -> the path of the sheet."""
-    name = "ranking" if look.stage == "rice" else "detections"
-    return draw_clips(look, data.even_frames(len(look.split), 5), f"{folder}/{name}.png")
+    name = "ranking" if predicted.stage == "rice" else "detections"
+    return draw_clips(predicted, data.even_frames(len(predicted.split), 5), f"{folder}/{name}.png")
 
 
-def errors_of(look):
+def errors_of(predicted):
     """How wrong a model is on each clip [Q]: rank of the first true image, or true boxes missed."""
-    if look.stage == "rice":
-        wrong = np.full(len(look.split), 1000)                 # without a gallery
-        for live in look.rankings.values():
-            rank = rank_of_first_positive(last_score(live, look.source), live["positive"])
+    if predicted.stage == "rice":
+        wrong = np.full(len(predicted.split), 1000)                 # without a gallery
+        for live in predicted.rankings.values():
+            rank = rank_of_first_positive(last_score(live, predicted.source), live["positive"])
             wrong[live["clips"]] = rank.clip(max=1000)
         return wrong
-    rows, wrong = look.boxes, np.zeros(len(look.split), int)
-    truth = ground_truth(rows, look.split, look.categories)
+    rows = predicted.boxes
+    wrong = np.zeros(len(predicted.split), int)
+    truth = ground_truth(rows, predicted.split, predicted.categories)
     box = rows[rows.dtype.names[-1]][truth["image"], :4]
     missed = box_iou_rows(box, truth["box_xyxy"]) < 0.5
     np.add.at(wrong, rows["clip"][truth["image"]], missed)
@@ -952,7 +986,8 @@ def draw_curves(log, path):
     """The log of a run as curves over steps -> path, None when there is no log."""
     if not Path(log).exists():
         return None
-    lines, panels = [json.loads(line) for line in open(log)], []
+    lines = [json.loads(line) for line in open(log)]
+    panels = []
     for name in sorted(set().union(*lines) - {"step", "lr"}):
         points = [(line["step"], line[name]) for line in lines if name in line]
         steps, values = np.array(points, float).T
@@ -977,21 +1012,26 @@ def draw_curves(log, path):
 
 
 class Window:
-    """A few frames of a recording as a split of one clip: SD, MD and RICE see it like any other."""
+    """A few frames of a recording as a split of one clip. It has what FrameDataset and ClipDataset
+    ask of an LPRSplit: root, lengths, len, clip and frame."""
     root = "the recording"
 
     def __init__(self, frames, asr):
-        self.frames, self.asr, self.lengths = frames, asr, np.array([len(frames)])
+        self.frames = frames
+        self.asr = asr
+        self.lengths = np.array([len(frames)])
 
     def __len__(self):
         return 1
 
     def clip(self, _):
-        return data.Clip("live", list(range(len(self.frames))), None, [], "", self.asr)
+        frame_ids = list(range(len(self.frames)))
+        return data.Clip("live", frame_ids, boxes=None, image_ids=[], title="", asr=self.asr)
 
     def frame(self, t):
         require(self.frames[t] is not None, f"{self.root}: a frame that cannot be read")
-        return self.frames[t], self.frames[t].shape[:0:-1]
+        _, height, width = self.frames[t].shape
+        return self.frames[t], (width, height)
 
 
 def by_number(paths):
@@ -1002,7 +1042,8 @@ def by_number(paths):
 def picture_paths(folder):
     """The pictures below a folder, numbers in names in order of value. Prints what is left out."""
     require(Path(folder).is_dir(), f"{folder}: no such file or folder")
-    good, left_out = [], data.Tally()
+    good = []
+    left_out = data.Tally()
     for path in filter(Path.is_file, Path(folder).rglob("*")):
         try:
             data.check_picture(path)
@@ -1055,9 +1096,9 @@ class LiveRanker:
 
     def __init__(self, checkpoint, photos, titles):
         checkpoint["config"].workers = 0    # a window is too little work for loader processes
-        self.embedder, self.detector = Embedder(checkpoint, pick_device()), None
-        if "detector" in checkpoint:
-            self.detector = checkpoint["detector"]
+        self.embedder = Embedder(checkpoint, pick_device())
+        self.detector = checkpoint.get("detector")
+        if self.detector:
             self.model = load_model(self.detector, self.embedder.device)
         self.names, self.image, self.image_tokens = self.embedder.embed_photos(photos, titles)
 
@@ -1065,9 +1106,9 @@ class LiveRanker:
         """A box a frame as data.Boxes, None for a RICE that sees whole frames."""
         if self.detector is None:
             return None
-        config, categories = self.detector["config"], self.detector["categories"]
-        dataset = data.FrameDataset(window, categories, len(window.frames), config.short_side,
-                                    config.long_side)
+        config = self.detector["config"]
+        dataset = data.FrameDataset(window, self.detector["categories"], len(window.frames),
+                                    config.short_side, config.long_side)
         batch = data.collate_detection([dataset[0, 0]])
         rows = boxes_of_batch(self.model, batch, self.embedder.device)
         return boxes_by_clip(rows, rows.dtype.names[-1], 1)
@@ -1083,50 +1124,70 @@ class LiveRanker:
         return sorted((p for p in pairs if p[1] > -math.inf), key=lambda pair: -pair[1])
 
 
+def read_shop(args):
+    """The photos of --shop {name: path}, and {name: title} by --titles, "" where there is none."""
+    photos = photos_of(args.shop)
+    told = dict(tab_rows(args.titles, ".*?", "a photo"))
+    titles = {name: told.get(name, told.get(Path(name).stem, "")) for name in photos}
+    if args.titles:
+        count = sum(map(bool, titles.values()))
+        print(f"{args.titles}: {count} of {len(photos)} photos have a title")
+    return photos, titles
+
+
+def answers_of(ranker, args, said):
+    """Each window of --live with its answer: {"start", "end" in seconds, "asr", "boxes" [x1, y1,
+    x2, y2, score] of its frames, "top": [(photo, score), ...]}."""
+    stream = live_frames(args.live, args.every)
+    start = 0.0
+    while frames := list(itertools.islice(stream, args.window)):
+        end = start + len(frames) * args.every
+        texts = [text for second, text in said if start <= float(second) < end]
+        window = Window(frames, " ".join(texts))
+        boxes = ranker.detect(window)
+        top = ranker.rank(window, boxes)[:args.top]
+        answer = {"start": start, "end": end, "asr": window.asr, "boxes": None, "top": top}
+        if boxes:
+            answer["boxes"] = boxes.box[:, :5].astype(float).round(2).tolist()
+        yield window, answer
+        start = end
+
+
 def recognise(path, args):
     """Which product of a shop is on sale when (supplement, 5, 4): each window is ranked against the
     photos. Prints a line a window, writes OUT/answers.jsonl and OUT/answers.png."""
-    checkpoint, out, sheet = load_checkpoint(path), Path(args.out or "runs/live"), {}
+    checkpoint = load_checkpoint(path)
+    config = checkpoint["config"]
+    out = Path(args.out or "runs/live")
     require(min(args.every, args.window, args.top) > 0,
             "--every, --window, --top: expected more than 0")
-    config = checkpoint["config"]
     require(config.stage == "rice" and config.box_source != "true" and args.shop,
             "--live needs --shop FOLDER and a --ckpt of --stage rice; not one trained with "
             "--box-source true, for a live has no true boxes")
     said = tab_rows(args.asr, r"\d+\.?\d*", "seconds")
-    photos, titles = photos_of(args.shop), dict(tab_rows(args.titles, ".*?", "a photo"))
-    titles = {name: titles.get(name, titles.get(Path(name).stem, "")) for name in photos}
-    if args.titles:
-        count = sum(map(bool, titles.values()))
-        print(f"{args.titles}: {count} of {len(photos)} photos have a title")
-    ranker, stream = LiveRanker(checkpoint, photos, titles), live_frames(args.live, args.every)
-    frames = list(itertools.islice(stream, args.window))
-    require(frames, f"--live {args.live}: no frame in it")
+    photos, titles = read_shop(args)
+    ranker = LiveRanker(checkpoint, photos, titles)
     print(f"an answer is of {args.window} frames, {args.every * args.window:g} seconds (--every, "
           "--window), with its score: the higher, the surer")
+    answers = answers_of(ranker, args, said)
+    first = next(answers, None)                 # before the file is opened
+    require(first, f"--live {args.live}: no frame in it")
     out.mkdir(parents=True, exist_ok=True)
-    start, heard = 0.0, 0
+    sheet = {}                                  # {product: its row, at its first answer}
     with open(out / "answers.jsonl", "w", encoding="utf-8") as file:
-        while frames:
-            end = start + len(frames) * args.every
-            texts = [text for second, text in said if start <= float(second) < end]
-            heard += len(texts)
-            window = Window(frames, " ".join(texts))
-            boxes = ranker.detect(window)
-            top = ranker.rank(window, boxes)[:args.top]
-            answer = {"start": start, "end": end, "asr": window.asr, "boxes": None, "top": top}
-            if boxes:
-                answer["boxes"] = boxes.box[:, :5].astype(float).round(2).tolist()
+        for window, answer in itertools.chain([first], answers):
             print(json.dumps(answer, ensure_ascii=False), file=file, flush=True)
+            start, end, top = answer["start"], answer["end"], answer["top"]
             clock = [str(datetime.timedelta(seconds=int(second))) for second in (start, end)]
-            best, value = top[0] if top else ("no frame can be read", math.nan)
-            print(f"{' - '.join(clock)}  {value:6.2f}  {best}  {titles.get(best, '')}", flush=True)
-            shop = [(name, f"{value:.1f} {titles[name] or name}", "gray") for name, value in top]
+            best, score = top[0] if top else ("no frame can be read", math.nan)
+            print(f"{' - '.join(clock)}  {score:6.2f}  {best}  {titles.get(best, '')}", flush=True)
             if best not in sheet:
+                shop = [(name, f"{value:.1f} {titles[name] or name}", "gray")
+                        for name, value in top]
                 sheet[best] = ranking_row(window, window.clip(0), f"{clock[0]} {window.asr}", shop,
-                                          functools.partial(read_photo, photos))
-            start, frames = end, list(itertools.islice(stream, args.window))
+                                          lambda name: data.read_picture(photos[name]))
     if said:
+        heard = sum(float(second) < end for second, _ in said)
         print(f"{args.asr}: {heard} of {len(said)} rows were said in this live")
     save_sheet(list(sheet.values()), out / "answers.png")
     print(f"answers: {out}/answers.jsonl, picture: {out}/answers.png")
@@ -1166,9 +1227,9 @@ def run(args):
         folder = args.shop or f"{args.data or checkpoint['config'].data}/images"
         return duplicates(checkpoint, folder, args.duplicates, args.out or "runs")
     settings = args.data, args.split, args.out, args.workers, args.rerank
-    results, looks = zip(*[evaluate(path, *settings) for path in paths])
+    results, predictions = zip(*[evaluate(path, *settings) for path in paths])
     other = evaluate(args.compare, *settings)[1] if args.compare else None
-    require(not other or (other.stage == "rice") == (looks[-1].stage == "rice"),
+    require(not other or (other.stage == "rice") == (predictions[-1].stage == "rice"),
             f"--compare {args.compare}: expected the stage of {paths[-1]}")
     if not is_main_process():
         return
@@ -1182,14 +1243,21 @@ def run(args):
         several = list(results) if len(results) > 1 else results[0]
         data.write_text(args.json, json.dumps(several, indent=1))
     if args.pictures:
-        look, log = looks[-1], Path(paths[-1]).with_suffix(".jsonl")
-        start = f"{args.pictures}/{look.stage}"
-        # With --compare: the clips where the other model is worse.
-        wrong = errors_of(other) - errors_of(look) if other else errors_of(look)
-        worst = np.argsort(-wrong, kind="stable")[:args.n]
-        drawn = [draw_clips(look, worst, f"{start}-worst.png")]
-        drawn += [draw_clips(other, worst, f"{start}-compared.png")] if other else []
-        print("pictures:", *drawn, draw_curves(log, f"{start}-curves.png") or "")
+        draw_worst(predictions[-1], other, Path(paths[-1]).with_suffix(".jsonl"), args)
+
+
+def draw_worst(predicted, other, log, args):
+    """The clips that a model gets most wrong, with --compare those where the other model is worse,
+    and the curves of its training."""
+    start = f"{args.pictures}/{predicted.stage}"
+    wrong = errors_of(predicted)
+    if other:
+        wrong = errors_of(other) - wrong
+    worst = np.argsort(-wrong, kind="stable")[:args.n]
+    drawn = [draw_clips(predicted, worst, f"{start}-worst.png")]
+    if other:
+        drawn.append(draw_clips(other, worst, f"{start}-compared.png"))
+    print("pictures:", *drawn, draw_curves(log, f"{start}-curves.png") or "")
 
 
 def main(argv=None):

@@ -586,13 +586,13 @@ def run(given):
                 print(f"{config.stage}: done before ({file})")
                 evaluation.show(result)
             continue
-        results[config.stage], look = evaluation.evaluate(file, workers=config.workers)
+        results[config.stage], predicted = evaluation.evaluate(file, workers=config.workers)
         if rank == 0:
             evaluation.show(results[config.stage])
             data.write_text(path, json.dumps(results, indent=1))
             curves = evaluation.draw_curves(f"{config.out}/{config.stage}.jsonl",
                                             f"{config.out}/{config.stage}.png")
-            print(f"\npictures: {evaluation.draw_examples(look, config.out)}, {curves}")
+            print(f"\npictures: {evaluation.draw_examples(predicted, config.out)}, {curves}")
     if rank == 0:
         print(f"\nall done after {(time.time() - begin) / 60:.1f} minutes: {path}")
 

@@ -40,24 +40,24 @@ def ap50(sample, weights):
 
 def samples_of(path, stage):
     """{method: what r1 or ap50 needs}, and the live of each clip."""
-    _, look = evaluation.evaluate(path)
-    lives = look.split
+    _, predicted = evaluation.evaluate(path)
+    lives = predicted.split
     live = np.array([data.live_of(video_id) for video_id in lives.video_ids])
     if stage == "rice":
         rank = {}
-        for ranked in look.rankings.values():
-            for score, similarity in ranked["similarity"][look.source].items():
+        for ranked in predicted.rankings.values():
+            for score, similarity in ranked["similarity"][predicted.source].items():
                 values = evaluation.rank_of_first_positive(similarity, ranked["positive"])
                 rank.setdefault(score, np.full(len(lives), 10 ** 9))[ranked["clips"]] = values
         return {score: {"rank": values} for score, values in rank.items()}, live
-    truth = evaluation.ground_truth(look.boxes, lives, look.categories)
-    boxes = np.bincount(look.boxes["clip"][truth["image"]], minlength=len(lives))
+    truth = evaluation.ground_truth(predicted.boxes, lives, predicted.categories)
+    boxes = np.bincount(predicted.boxes["clip"][truth["image"]], minlength=len(lives))
     methods = {}
-    for method in (m for m in evaluation.METHODS if m in look.boxes.dtype.names):
-        box = look.boxes[method]
+    for method in (m for m in evaluation.METHODS if m in predicted.boxes.dtype.names):
+        box = predicted.boxes[method]
         iou = evaluation.box_iou_rows(box[truth["image"], :4], truth["box_xyxy"])
         hit = np.isin(np.arange(len(box)), truth["image"][iou >= 0.5])
-        methods[method] = {"clip": look.boxes["clip"], "score": box[:, 4], "hit": hit,
+        methods[method] = {"clip": predicted.boxes["clip"], "score": box[:, 4], "hit": hit,
                            "boxes": boxes}
     return methods, live
 

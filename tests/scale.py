@@ -122,7 +122,7 @@ def write_test(folder):
 
     rows["videoid_asr_1"] = {clip: write(200) for clip in clips}
     rows["image_title_1"] = {image: write(15) for images in true.values() for image in images}
-    for name, values in data.SPLITS.items():
+    for name, values in data.SUBSETS.items():
         which = rng.integers(3, size=TEST_CLIPS)
         for k, value in enumerate(values):
             rows[f"{name}_{value}"] = {clips[n]: "" for n in np.flatnonzero(which == k)}

@@ -74,7 +74,7 @@ def words_of(title):
 def test_rendered_data_fill_the_layout(many):
     train, test = data.LPRSplit(many, "train"), data.LPRSplit(many, "test")
     assert (len(train), len(test), len(train.categories)) == (384, 256, len(data.CATEGORIES))
-    assert set(test.subsets) == {f"{v} {name}" for name, vs in data.SPLITS.items() for v in vs}
+    assert set(test.subsets) == {f"{v} {name}" for name, vs in data.SUBSETS.items() for v in vs}
     assert sum(map(len, test.subsets.values())) == 3 * len(test) and all(test.subsets.values())
     for lives in (train, test):
         for clip in map(lives.clip, range(0, len(lives), 8)):
@@ -107,7 +107,7 @@ def test_each_difficulty_has_its_documented_share(many):
         assert (part[f"{duration} duration"] == (absent == n)).all()
     side = np.array([np.diff(np.concatenate(clip.boxes)[:, :4].reshape(-1, 2, 2), axis=1).max()
                      for clip in clips])
-    assert all(np.diff([np.median(side[part[f"{size} scale"]]) for size in data.SIZES]) > 1)
+    assert all(np.diff([np.median(side[part[f"{size} scale"]]) for size in data.PRODUCT_SIZES]) > 1)
     named = np.array([set(words_of(c.title)[::2]) <= set(c.asr.split()) for c in clips])
     assert named[pair].mean() > 0.7 > 0.6 > named[~pair].mean()     # words tell what is meant
 

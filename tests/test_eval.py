@@ -148,20 +148,21 @@ def holes(livestreams, run_one, tmp_path):
 
 def test_a_frame_that_cannot_be_read_is_a_miss(holes):
     root, evaluate = holes
-    whole, look = evaluate("md")
-    lives, away = look.split, np.arange(0, 32, 5)
+    whole, predicted = evaluate("md")
+    lives, away = predicted.split, np.arange(0, 32, 5)
     names = [f"{frame_id}.jpg" for c in range(8) for frame_id in lives.clip(c).frame_ids]
     for n in away:
         (root / "frames" / names[n]).rename(root / names[n])
-    spoilt, look = evaluate("md")
+    spoilt, predicted = evaluate("md")
     assert whole["counts"]["missing"] == 0 and spoilt["counts"]["missing"] == len(away)
-    rows, truth = np.array(look.boxes), evaluation.ground_truth(look.boxes, lives, look.categories)
+    rows = np.array(predicted.boxes)
+    truth = evaluation.ground_truth(rows, lives, predicted.categories)
     rows["sd"][truth["image"], :4] = truth["box_xyxy"]              # as if all boxes were right
     left = np.setdiff1d(np.arange(32), away)
     assert (rows["sd"][left, 4] > 0).all() and (rows["sd"][away, 4] < 0).all()
     found = boxes(left, 0 * left, rows["sd"][left, :4], score=rows["sd"][left, 4])
     wanted = average_precision(truth | {"category": 0 * truth["category"]}, found)["AP50"]
-    results, _ = evaluation.table_1(rows, lives, look.categories)
+    results, _ = evaluation.table_1(rows, lives, predicted.categories)
     assert results["sd"]["class-agnostic"]["AP50"] == pytest.approx(100 * wanted) and wanted > 0.5
     for n in away:                               # boxes are not kept when the frames change
         (root / names[n]).rename(root / "frames" / names[n])
@@ -170,19 +171,20 @@ def test_a_frame_that_cannot_be_read_is_a_miss(holes):
 
 def test_an_image_that_cannot_be_read_never_helps(holes):
     root, evaluate = holes
-    whole, look = evaluate("rice")
-    (live, found), (_, other) = look.rankings.items()
-    first, blind = (look.split.clip(c) for c in (found["clips"][0], other["clips"][1]))
+    whole, predicted = evaluate("rice")
+    (live, found), (_, other) = predicted.rankings.items()
+    first, blind = (predicted.split.clip(c) for c in (found["clips"][0], other["clips"][1]))
     (root / "images" / f"{first.image_ids[0]}.jpg").write_bytes(b"")
     for frame_id in blind.frame_ids:
         (root / "frames" / f"{frame_id}.jpg").unlink()
-    spoilt, look = evaluate("rice")
+    spoilt, predicted = evaluate("rice")
     assert spoilt["counts"]["missing images"] == spoilt["counts"]["missing"] == 1
     for source, scores in spoilt["results"].items():
         for score, columns in scores.items():
             assert columns["R10"] == 75 and whole["results"][source][score]["R10"] == 100
-            similarity = look.rankings[live]["similarity"][source][score]
-            rank = evaluation.rank_of_first_positive(similarity, look.rankings[live]["positive"])
+            similarity = predicted.rankings[live]["similarity"][source][score]
+            positive = predicted.rankings[live]["positive"]
+            rank = evaluation.rank_of_first_positive(similarity, positive)
             assert rank[0] > 10 and (0 < rank[1:]).all() and (rank[1:] < 4).all()     # it is ahead
 
 
@@ -191,10 +193,10 @@ def test_titles_are_not_used_in_a_gallery_that_is_not_fully_titled(holes):
     rows = path.read_text().splitlines(True)
     for kept in (rows, rows[1:], []):
         path.write_text("".join(kept))
-        result, look = holes[1]("rice")
-        found.append([live["similarity"]["true"]["icl"] for live in look.rankings.values()])
+        result, predicted = holes[1]("rice")
+        found.append([live["similarity"]["true"]["icl"] for live in predicted.rankings.values()])
         assert result["counts"]["untitled"] == (len(kept) == 7)
     full, part, none = found
-    one = [rows[0].split("\t")[0] in live["ids"] for live in look.rankings.values()].index(True)
+    one = [rows[0].split("\t")[0] in live["ids"] for live in predicted.rankings.values()].index(True)
     assert np.array_equal(part[one], none[one]) and not np.allclose(full[one], none[one])
     assert np.array_equal(part[1 - one], full[1 - one])

@@ -18,8 +18,8 @@ needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the 
 @pytest.fixture
 def recording(run_one, livestreams, tmp_path):
     """A test live as people have it, and a function that asks RICE about it."""
-    _, look = evaluation.evaluate(run_one / "rice.pt", out=tmp_path)
-    lives, (live, found), n = look.split, next(iter(look.rankings.items())), 0
+    _, predicted = evaluation.evaluate(run_one / "rice.pt", out=tmp_path)
+    lives, (live, found), n = predicted.split, next(iter(predicted.rankings.items())), 0
     titles, said = "\ufeff", ""
     for folder in ("live", "shop/new"):
         (tmp_path / folder).mkdir(parents=True)
@@ -39,19 +39,19 @@ def recording(run_one, livestreams, tmp_path):
                  "--every 1 --window 4 --top 3 --ckpt").replace("@", str(tmp_path)).split()
         evaluation.main([*given, str(run_one / "rice.pt"), *more])
         return list(map(json.loads, open(tmp_path / "answers.jsonl", encoding="utf-8")))
-    return tmp_path, look, found, ask
+    return tmp_path, predicted, found, ask
 
 
 def test_a_live_is_ranked_as_its_clips_are(recording, capsys):
     """The windows of this recording are the test clips: boxes and scores are those of Table 2."""
-    root, look, found, ask = recording
+    root, predicted, found, ask = recording
     answers, rows = ask(), np.load(next(root.glob("boxes-test-*.npy")))
     assert [(a["start"], a["end"]) for a in answers] == [(4 * n, 4 * n + 4) for n in range(4)]
     for answer, c, score in zip(answers, found["clips"], found["similarity"]["md"]["fused"]):
         best = np.argsort(-score, kind="stable")[:3]
         assert [name[-5:-4] for name, _ in answer["top"]] == ["abcd"[g] for g in best]
         assert [value for _, value in answer["top"]] == pytest.approx(score[best], abs=2e-3)
-        assert answer["asr"] == look.split.clip(c).asr
+        assert answer["asr"] == predicted.split.clip(c).asr
         wanted = rows["md"][rows["clip"] == c, :4]
         np.testing.assert_allclose(np.array(answer["boxes"])[:, :4], wanted, atol=0.02)
     sheet, said = np.asarray(Image.open(root / "answers.png")), capsys.readouterr().out

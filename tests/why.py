@@ -22,9 +22,9 @@ def frames(paths):
     """Class-agnostic AP50 of SD, MD with T = 1 and MD over parts of the test frames."""
     values = {}
     for path in paths:
-        _, look = evaluation.evaluate(path)
-        lives, rows = look.split, look.boxes
-        truth = evaluation.ground_truth(rows, lives, look.categories)
+        _, predicted = evaluation.evaluate(path)
+        lives, rows = predicted.split, predicted.boxes
+        truth = evaluation.ground_truth(rows, lives, predicted.categories)
         truth["category"] = np.zeros(len(truth["image"]), int)
         ids = np.array(lives.video_ids)[rows["clip"]]
         pair = np.isin(ids, list(lives.cases["two-in-view"]))
@@ -74,9 +74,9 @@ def vote(paths, data_dir):
     """Class-agnostic AP50 of SD, of a vote on the category, of MD with T = 1 and of MD."""
     lines, device = [], evaluation.pick_device()
     for path in paths:
-        result, look = evaluation.evaluate(path, data_dir, out="runs/why", workers=0)
-        rows = voted_boxes(evaluation.load_checkpoint(path), look.split, device)
-        truth = evaluation.ground_truth(look.boxes, look.split, look.categories)
+        result, predicted = evaluation.evaluate(path, data_dir, out="runs/why", workers=0)
+        rows = voted_boxes(evaluation.load_checkpoint(path), predicted.split, device)
+        truth = evaluation.ground_truth(predicted.boxes, predicted.split, predicted.categories)
         truth["category"] = np.zeros(len(truth["image"]), int)
         found = {"image": np.arange(len(rows)), "category": np.zeros(len(rows), int),
                  "box_xyxy": rows[:, :4], "score": rows[:, 4]}
