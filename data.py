@@ -608,8 +608,9 @@ class FrameDataset(Dataset):
         self.class_of = {category: k for k, category in enumerate(categories)}
         self.short_side, self.long_side, self.augment = short_side, long_side, train and augment
         counts = split.annotated_lengths if train else split.lengths
+        all_frames = (frames == 1) if train else every_frame
         self.items_per_clip = np.minimum(counts, 1)
-        if frames == 1 if train else every_frame:
+        if all_frames:
             self.items_per_clip = -(-counts // frames)             # rounded up
         self.cumulative_items = np.concatenate([[0], np.cumsum(self.items_per_clip)])
         require(len(self) or not train, f"{split.root}: no training clip has boxes, so no detector "

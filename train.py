@@ -40,45 +40,48 @@ RENDERED = "runs/livestreams"      # rendered when it is missing
 
 
 def config_field(default, text, choices=None, group=None):
-    """A field of Config with the help of its flag; group: the heading of the help from here on."""
+    """A field of Config with the help of its flag. group: a heading of the help, for this field
+    and those after it."""
     about = {"default": default, "help": text, "choices": choices, "group": group}
     return field(default_factory=lambda: default, metadata=about)
 
 
 @dataclass
 class Config:
-    """All that decides a run of one stage; the defaults are the paper's where it gives a value. A
-    new field counts as its default in checkpoints made before; where eval.py reads it, getattr
-    has to give it."""
+    """All that decides a run of one stage; the defaults are the paper's where it gives a value.
+
+    Checkpoints made before lack a new field. A run that goes on takes its default; eval.py has to
+    read it by getattr(config, name, default).
+    """
     stage: str = config_field("all", "stages to train", ("sd", "md", "rice", "all"), "run")
     preset: str = config_field("tiny", "sizes and recipe", ("tiny", "paper"))
     data: str = config_field(RENDERED, "data folder; this one is rendered")
     out: str = config_field("", "run folder [runs/PRESET; with --overfit runs/overfit]")
     detector_dir: str = config_field("", "folder of the sd.pt and md.pt to build on [--out]")
     overfit: int = config_field(0, "train and test on so many clips alone; 0: off")
-    seed: int = config_field(0, "of weights, order, augmentation and negatives")
-    init: str = config_field("", "public weights or our checkpoint; none: from scratch")
+    seed: int = config_field(0, "seed of weights, order, augmentation and negatives")
+    init: str = config_field("", "public weights or a checkpoint; none: from scratch")
     workers: int = config_field(8, "loader processes of each training process")
     save_every: int = config_field(1000, "steps between checkpoints")
     log_every: int = config_field(50, "steps between lines of the log")
     eval_every: int = config_field(0, "steps between evaluations on val lives; 0: none")
-    precision: str = config_field("float32", "bf16 is autocast", ("float32", "bf16"),
+    precision: str = config_field("float32", "bf16: by autocast", ("float32", "bf16"),
                                   "optimisation")
     steps: int = config_field(0, "training steps; 0: as many as --epochs makes")
     epochs: float = config_field(20.0, "passes over the frames (sd) or clips (md, rice)")
     batch: int = config_field(64, "frames (sd) or clips a step, of all processes")
-    accum: int = config_field(1, "parts of a batch, for memory; ICL sees one part")
+    accum: int = config_field(1, "parts of a batch, to save memory; ICL sees one part")
     lr: float = config_field(1e-4, "peak learning rate")
-    backbone_lr: float = config_field(1e-5, "the same of SD's backbone and RICE's ViT")
+    backbone_lr: float = config_field(1e-5, "peak learning rate of SD's backbone, RICE's ViT")
     weight_decay: float = config_field(1e-4, "weight decay of AdamW")
     adam_eps: float = config_field(1e-8, "epsilon of AdamW")
     clip_norm: float = config_field(0.1, "gradients are clipped to this norm")
     warmup: int = config_field(0, "steps over which the learning rate rises")
-    schedule: str = config_field("drop", "its decay, x0.1 or a cosine to 0", ("drop", "cosine"))
+    schedule: str = config_field("drop", "decay to x0.1, or cosine to 0", ("drop", "cosine"))
     decay_start: float = config_field(0.75, "share of the steps before the decay")
-    frames: int = config_field(10, "even frames of a clip (md; rice in evaluation)", None,
+    frames: int = config_field(10, "evenly spaced frames of a clip (md, rice tests)", None,
                                "pictures")
-    short_side: list = config_field([480, 800, 32], "low,high,step of the shortest side, pixels")
+    short_side: list = config_field([480, 800, 32], "shortest side, pixels: low,high,step")
     long_side: int = config_field(1333, "limit of the longest side, pixels")
     backbone: str = config_field("resnet50", "small, or resnet18 .. resnet152", (
         "small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"), "detectors")
@@ -89,16 +92,16 @@ class Config:
     ffn: int = config_field(2048, "channels of the feed-forward nets")
     queries: int = config_field(300, "anchor boxes")
     ttm_topk: list = config_field([80, 50, 30], "queries of a frame in each step of the TTM")
-    box_source: str = config_field("md", "boxes to see through", ("md", "sd", "true", "none"),
+    box_source: str = config_field("md", "boxes it looks through", ("md", "sd", "true", "none"),
                                    "rice")
-    train_frames: int = config_field(10, "frames of a clip in training")
+    train_frames: int = config_field(10, "frames of a clip in a training step")
     per_live: int = config_field(1, "clips of one live side by side in a batch")
     vit_width: int = config_field(768, "channels of the image encoder")
     vit_layers: int = config_field(12, "layers of the image encoder")
     vit_heads: int = config_field(12, "attention heads of the image encoder")
     vit_patch: int = config_field(32, "pixels of a patch; 0: a convolutional stem")
     image_size: int = config_field(224, "side of RICE's pictures, pixels")
-    crop: float = config_field(0.875, "share of the side that is seen of whole pictures")
+    crop: float = config_field(0.875, "share of the side kept of a whole picture")
     embedding: int = config_field(512, "channels of the ICL embedding")
     text: str = config_field("both", "texts to read", ("both", "asr", "title", "none"))
     text_length: int = config_field(77, "tokens of a text")
@@ -111,11 +114,13 @@ class Config:
 
 
 PRESETS = {
-    "paper": {      # the supplement is the defaults; RICE's recipe is the public code's
+    # The supplement is the defaults. RICE's recipe is the public code's, which does not clip.
+    "paper": {
         "all": {}, "sd": {}, "md": {"lr": 2e-4, "backbone_lr": 2e-5},
         "rice": {"steps": 5000, "batch": 96, "lr": 1e-4, "backbone_lr": 1e-6, "weight_decay": 0.2,
                  "adam_eps": 1e-6, "clip_norm": 1e9, "warmup": 500, "schedule": "cosine",
                  "decay_start": 0.0, "precision": "bf16"}},
+    # Steps for 9 to 15 minutes on two CPU cores.
     "tiny": {
         "all": {"workers": 0, "save_every": 100, "log_every": 20, "frames": 8, "init": "none",
                 "short_side": [80, 80, 16], "long_side": 176, "schedule": "cosine",
@@ -149,12 +154,13 @@ def configure(given, stage):
     for item in dataclasses.fields(Config):
         value = getattr(config, item.name)
         least = LEAST.get(item.name, 1) if isinstance(value, int) else 0
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            raise BadInput(f"{flag_of(item.name)} {value}: expected {least} or more")
+        if isinstance(value, (int, float)):
+            require(least <= value < math.inf,
+                    f"{flag_of(item.name)} {value}: expected a number, {least} or more")
     require(0 < config.crop <= 1, f"--crop {config.crop}: expected a share above 0, at most 1")
     with data.expecting(f"--short-side {config.short_side}: expected lowest,highest,step"):
         lowest, highest, step = config.short_side
-        if not range(lowest, highest + 1, step):
+        if not 0 < lowest <= highest or step < 1:
             raise ValueError("none between lowest and highest")
     sizes = "--vit-width, --vit-heads, --vit-patch, --image-size" if stage == "rice" else "--dim"
     # Building the model raises where sizes do not fit. On "meta" it takes no memory.
@@ -194,7 +200,8 @@ def build_stage(config, saved, device):
 def build_detector(config, split):
     """SD on single frames, or MD on clips on top of the SD of --detector-dir."""
     require(split.categories, f"{config.data}: no training row names a category (columns 6 and 7)")
-    extras, frames = {"categories": split.categories}, 1
+    extras = {"categories": split.categories}
+    frames = 1
     if config.stage == "md":
         sd, frames = load_finished(config, "sd"), config.frames
         extras["base"] = evaluation.fingerprint(sd)
@@ -218,7 +225,8 @@ def build_rice(config, split, saved, device):
     vocabulary = saved["tokenizer"] if saved else train_vocabulary(config, split)
     tokenizer = data.Tokenizer(vocabulary, config.text_length)
     model = evaluation.build_model(config, len(split.categories), tokenizer.vocab)
-    extras, boxes = {"categories": split.categories, "tokenizer": vocabulary}, None
+    extras = {"categories": split.categories, "tokenizer": vocabulary}
+    boxes = None
     if config.box_source == "true":
         boxes = data.true_boxes(split)
     elif config.box_source != "none":
@@ -238,10 +246,11 @@ def build_rice(config, split, saved, device):
 def train_vocabulary(config, split):
     """The tokenizer's model from the titles and ASR of at most 10,000 clips, empty for --text
     none."""
-    texts, stride = [], 1 + len(split) // 10_000
-    for i in range(0, len(split), stride) if config.text != "none" else ():
-        clip = split.clip(i)
-        texts += [clip.title, clip.asr]
+    texts = []
+    if config.text != "none":
+        for i in range(0, len(split), 1 + len(split) // 10_000):
+            clip = split.clip(i)
+            texts += [clip.title, clip.asr]
     return data.train_tokenizer(texts, config.vocab)
 
 
@@ -314,7 +323,8 @@ def forward_backward(module, optimizer, batch, config, device, step):
     """The gradient of a batch, in --accum parts one after the other -> loss, and {term: value} of
     the last part."""
     optimizer.zero_grad()
-    size, total = len(batch["clip"]) // config.accum, 0.0
+    size = len(batch["clip"]) // config.accum
+    total = 0.0
     for n in range(config.accum):
         part = {name: value[n * size:(n + 1) * size] for name, value in batch.items()}
         defer_sync = n + 1 < config.accum and isinstance(module, DistributedDataParallel)
@@ -324,6 +334,17 @@ def forward_backward(module, optimizer, batch, config, device, step):
             (loss / config.accum).backward()
         total += loss.detach() / config.accum
     return total, terms
+
+
+def take_step(module, optimizer, batch, config, device, step):
+    """One step of AdamW -> {metric: tensor}."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * lr_factor(step, config)
+    loss, terms = forward_backward(module, optimizer, batch, config, device, step)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+    optimizer.step()
+    return {"loss": loss, **terms, "norm": norm}
 
 
 # ---- the loop
@@ -342,8 +363,9 @@ def train(config, rank, world, device):
     if saved and is_finished(config, saved, path):
         return False
     stage = build_stage(config, saved, device)
-    model, extras, items = stage.model, stage.extras, len(stage.dataset)
-    config.steps = config.steps or max(1, int(config.epochs * items / config.batch))
+    model, extras = stage.model, stage.extras
+    epoch_steps = len(stage.dataset) / config.batch
+    config.steps = config.steps or max(1, int(config.epochs * epoch_steps))
     extras["versions"] = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
     extras["left_out"] = stage.dataset.split.notes
     optimizer, start, best = init_or_resume(model, config, saved, extras, path, device)
@@ -357,12 +379,7 @@ def train(config, rank, world, device):
                             total=config.steps * config.batch, initial=start * config.batch,
                             unit="frame" if config.stage == "sd" else "clip")
     for step, batch in enumerate(loader, start):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_factor(step, config)
-        loss, terms = forward_backward(module, optimizer, batch, config, device, step)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        optimizer.step()
+        metrics = take_step(module, optimizer, batch, config, device, step)
         bar.update(config.batch)
 
         log_now = is_due(config.log_every, step, config)
@@ -370,7 +387,7 @@ def train(config, rank, world, device):
         evaluate_now = is_due(config.eval_every, step, config)
         if log_now or save_now or evaluate_now:
             # Reduced over all processes, so that all of them stop at the same step.
-            values = reduce_metrics({"loss": loss, **terms, "norm": norm}, world)
+            values = reduce_metrics(metrics, world)
             require(math.isfinite(values["loss"] + values["norm"]),
                     f"{config.stage}, step {step + 1}: not finite: {values}; try a lower --lr, or "
                     f"float32. {path}, if there, is the last good state")
@@ -388,7 +405,7 @@ def train(config, rank, world, device):
         if save_now:
             save(path, checkpoint)
     bar.close()
-    evaluation.barrier()        # torchrun ends all processes when one ends; rank 0 has saved now
+    evaluation.barrier()        # torchrun ends all processes when one ends: wait until rank 0 saved
     return True
 
 
@@ -463,7 +480,7 @@ def is_finished(config, saved, path):
 
 def init_or_resume(model, config, saved, extras, path, device):
     """Weights of the checkpoint, of --init, or as they are -> optimizer, first step, best value."""
-    line = ""
+    message = ""
     if saved:
         changed = config_diff(config, saved["config"])
         changed += [name for name in ("categories", "base") if saved.get(name) != extras.get(name)]
@@ -471,20 +488,23 @@ def init_or_resume(model, config, saved, extras, path, device):
         require(not changed, f"{path} was made otherwise ({'; '.join(changed)}); give --out for a "
                 f"new run{hint}")
         model.load_state_dict(saved["model"])
-        line = f"{path}: goes on from step {saved['step']} of {config.steps}"
+        message = f"{path}: goes on from step {saved['step']} of {config.steps}"
     elif config.init not in ("", "none"):
-        line = load_public_weights(model, config.init)
-    optimizer, start = make_optimizer(model.to(device), config), saved["step"] if saved else 0
+        message = load_public_weights(model, config.init)
+    optimizer = make_optimizer(model.to(device), config)
+    start = 0
     if saved:
+        start = saved["step"]
         optimizer.load_state_dict(saved["optimizer"])
     if is_main_process():
         # What a stopped run logged after its last checkpoint is logged anew.
         log = path.with_suffix(".jsonl")
         lines = log.read_text().splitlines(True) if start and log.exists() else []
-        lines = [l for l in lines if l.endswith("\n") and json.loads(l)["step"] <= start]
-        data.write_text(log, "".join(lines))
-        if line:
-            print(line)
+        kept = [line for line in lines
+                if line.endswith("\n") and json.loads(line)["step"] <= start]
+        data.write_text(log, "".join(kept))
+        if message:
+            print(message)
     return optimizer, start, saved["best"] if saved else -1.0
 
 
@@ -502,16 +522,19 @@ def load_public_weights(model, path):
                  for key, value in state.get("model", state).items()}
     except Exception as error:           # torch.load raises whatever the bytes lead to
         raise BadInput(f"{path}: no state dict of tensors ({type(error).__name__})") from None
-    own, prefix = model.state_dict(), ""
-    if "layer4.0.conv1.weight" in state:
+    prefix = ""                                    # of the part of our model that it fills
+    if "layer4.0.conv1.weight" in state:           # a ResNet
         prefix = "backbone.0.body."
         state = {prefix + key: value for key, value in state.items() if not key.startswith("fc.")}
-    elif "visual.proj" in state and "text_proj.weight" not in state:
-        prefix, key = "visual.", "visual.positional_embedding"
-        state = {name: value for name, value in state.items() if name.startswith(prefix)}
-        state[key] = rice.interpolate_pos_embed(state[key], model.visual.grid)
-    own = {key: value for key, value in own.items() if key.startswith(prefix)}
-    for key in own.keys() - state.keys():          # the box head under its second name
+    elif "visual.proj" in state and "text_proj.weight" not in state:      # CLIP
+        prefix = "visual."
+        state = {key: value for key, value in state.items() if key.startswith(prefix)}
+        positions = state["visual.positional_embedding"]
+        positions = rice.interpolate_pos_embed(positions, model.visual.grid)
+        state["visual.positional_embedding"] = positions
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
+    for key in own.keys() - state.keys():
+        # The box head has two names in our model; a file may hold it under one.
         if key.removeprefix("transformer.decoder.") in state:
             state[key] = state[key.removeprefix("transformer.decoder.")]
     loaded = {key: value for key, value in state.items()
@@ -530,19 +553,21 @@ def load_public_weights(model, path):
 
 def check_before(configs, world):
     """BadInput for what would stop a stage, before anything is rendered or trained."""
+    first = configs[0]
     for config in configs:
         require(config.batch % (world * config.accum) == 0, f"--batch {config.batch}: expected a "
                 f"multiple of {world} processes x --accum {config.accum}")
-        pretrained = config.vit_patch if config.stage == "rice" else config.backbone != "small"
-        require(config.stage == "md" or config.init or not pretrained,
+        # The small backbone and the convolutional stem learn from scratch, MD starts from SD.
+        needs_weights = {"sd": config.backbone != "small", "md": False,
+                         "rice": config.vit_patch > 0}[config.stage]
+        require(config.init or not needs_weights,
                 f"--stage {config.stage}: give --init FILE, the public weights that this size "
                 "starts from (see README), or --init none")
-        require(config.init in ("", "none") or Path(config.init).is_file(),
-                f"--init {config.init}: no such file")
-    first = configs[0]
-    require(first.init in ("", "none") or first.stage != "md" and len(configs) == 1,
-            f"--init {first.init}: expected --stage sd or rice beside it; MD starts from the SD of "
-            "--detector-dir")
+    if first.init not in ("", "none"):
+        require(Path(first.init).is_file(), f"--init {first.init}: no such file")
+        require(len(configs) == 1 and first.stage != "md",
+                f"--init {first.init}: expected --stage sd or rice beside it; MD starts from the "
+                "SD of --detector-dir")
     needs = {"sd": "none", "md": "sd", "rice": first.box_source}[first.stage]
     if needs in ("sd", "md"):
         load_finished(first, needs)
@@ -551,25 +576,28 @@ def check_before(configs, world):
 def check_data(configs):
     """BadInput for what a stage would lack when it is trained or judged. One process does this,
     and makes the index."""
-    root, split = configs[0].data, data.LPRSplit(configs[0].data, "train")
+    first = configs[0]
+    split = data.LPRSplit(first.data, "train")
     for config in configs:
         if config.stage == "rice":
             data.ClipDataset(split, None, config.train_frames, config.image_size, None, train=True)
         else:
             data.FrameDataset(split, split.categories, 1, config.short_side, config.long_side, True)
-    judged = () if configs[0].overfit else ("test", "val") if configs[0].eval_every else ("test",)
-    for name in judged:
-        split = data.LPRSplit(root, name)
+    judged = ["test", "val"] if first.eval_every else ["test"]
+    for name in [] if first.overfit else judged:
+        split = data.LPRSplit(first.data, name)
         for config in configs:
             evaluation.check_split(split, config.stage)
 
 
 def run(given):
     rank, world = evaluation.start_processes()
-    device, stage, begin = evaluation.pick_device(), given.get("stage", "all"), time.time()
-    configs = [configure(given, name) for name in STAGES if stage in (name, "all")]
+    device, begin = evaluation.pick_device(), time.time()
+    asked_for = given.get("stage", "all")
+    configs = [configure(given, stage) for stage in STAGES if asked_for in (stage, "all")]
     check_before(configs, world)
-    root, path = configs[0].data, Path(configs[0].out) / "results.json"
+    root = configs[0].data
+    path = Path(configs[0].out) / "results.json"
     if rank == 0:
         if root == RENDERED and not Path(root).exists():
             data.render(root)
@@ -577,15 +605,16 @@ def run(given):
     evaluation.barrier()
     results = json.loads(path.read_text()) if path.exists() else {}
     for config in configs:
-        trained, file = train(config, rank, world, device), f"{config.out}/{config.stage}.pt"
-        result, unchanged = results.get(config.stage), False
+        file = f"{config.out}/{config.stage}.pt"
+        trained = train(config, rank, world, device)
+        result = results.get(config.stage)
         if result and not trained:
-            unchanged = result["files"] == evaluation.stamp_of_files(root, result["split"])
-        if unchanged:
-            if rank == 0:
-                print(f"{config.stage}: done before ({file})")
-                evaluation.show(result)
-            continue
+            # Evaluated before: once more only when the test data have changed since.
+            if result["files"] == evaluation.stamp_of_files(root, result["split"]):
+                if rank == 0:
+                    print(f"{config.stage}: done before ({file})")
+                    evaluation.show(result)
+                continue
         results[config.stage], predicted = evaluation.evaluate(file, workers=config.workers)
         if rank == 0:
             evaluation.show(results[config.stage])
