@@ -847,7 +847,9 @@ def duplicates(checkpoint, folder, threshold, out="runs"):
 
 COLOURS = {"sd": "orange", "md": "dodgerblue", "true": "white"}
 SIDE = 184                  # pixels of a picture on a sheet
-FONTS = "wqy-zenhei.ttc", "msyh.ttc", "PingFang.ttc", "NotoSansCJK-Regular.ttc"   # have Chinese
+# Pillow's own font has ASCII alone. The first two have Europe's letters, the others Chinese.
+FONTS = ("DejaVuSans.ttf", "arial.ttf",
+         "wqy-zenhei.ttc", "msyh.ttc", "PingFang.ttc", "NotoSansCJK-Regular.ttc")
 
 
 def tile(read, text="", border="white"):
@@ -860,10 +862,11 @@ def tile(read, text="", border="white"):
     cell = Image.new("RGB", (SIDE + 8, SIDE + 68), "white")
     font = ImageFont.load_default(15)
     cell.paste(ImageOps.expand(picture, 4, border))
-    for name in () if text.isascii() else FONTS:
+    for name in () if text.isascii() else FONTS:               # the last that is there counts
         with contextlib.suppress(OSError):
             font = ImageFont.truetype(name, 15)
-    lines = textwrap.wrap(text, 22 if text.isascii() else 12, max_lines=3)
+    is_wide = any(letter > "\u2e80" for letter in text)          # Chinese, Japanese, Korean
+    lines = textwrap.wrap(text, 12 if is_wide else 22, max_lines=3)
     ImageDraw.Draw(cell).multiline_text((4, SIDE + 8), "\n".join(lines), "black", font)
     return cell
 
