@@ -68,7 +68,7 @@ warnings.filterwarnings("ignore", message="The image decoding and encoding capab
 
 # Columns of Table 1 in the order of eval.PAPER_1: new ones come last. _annotate writes their files.
 SUBSETS = {"scale": ("small", "medium", "large"), "duration": ("short", "medium", "long"),
-          "number": ("abundant", "medium", "few")}
+           "number": ("abundant", "medium", "few")}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # what DAB-DETR's weights expect
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG", ".WEBP")

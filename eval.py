@@ -11,6 +11,7 @@ says cxcywh.
 """
 import contextlib
 import datetime
+import functools
 import glob
 import hashlib
 import itertools
@@ -283,10 +284,10 @@ def run_methods(model, frames, padding_mask, valid, with_t1):
     queries, logits, boxes, *memory = model.run_sd(frames, padding_mask)
     answers = {"sd": (logits, boxes)}
     if with_t1:
-        alone = [x.flatten(0, 1)[:, None] for x in (queries, logits, boxes)]      # [B*T,1,N,D]
+        alone = [x.flatten(0, 1)[:, None] for x in (queries, logits, boxes)]      # [B*T,1,N,...]
         each_frame = torch.ones(valid.numel(), 1, dtype=torch.bool, device=valid.device)
         all_logits, all_boxes = model.run_ttm(*alone, *memory, each_frame)
-        answers["md_t1"] = [last.unflatten(0, valid.shape)[:, :, 0]      # [B,T,k,D]
+        answers["md_t1"] = [last.unflatten(0, valid.shape)[:, :, 0]      # [B,T,k,...]
                             for last in (all_logits[-1], all_boxes[-1])]
     all_logits, all_boxes = model.run_ttm(queries, logits, boxes, *memory, valid)
     answers["md"] = all_logits[-1], all_boxes[-1]
@@ -501,6 +502,11 @@ REMARKS = {
 SCORES = {"icl": "ICL", "pmd": "PMD", "fused": "ICL + PMD"}
 
 
+def read_photo(photos, name):
+    """A photo of {name: path}."""
+    return data.read_picture(photos[name])
+
+
 class Embedder:
     """A trained RICE with all it needs to embed clips and shop images."""
 
@@ -522,7 +528,7 @@ class Embedder:
 
     def embed_images(self, read, titles, ids, tokens=True):
         """Shop images (arguments of data.GalleryDataset) -> embedding [G,D], tokens [G,1+P+1,C]
-        (tokens=False: none, for they take memory), valid [G]."""
+        (tokens=False: [G,0,C], for they take memory), valid [G]."""
         def encode(batch):
             pixels = data.normalize(batch["image"], data.CLIP)
             image, image_tokens, _ = self.model.encode_images(pixels, batch["title"])
@@ -535,7 +541,7 @@ class Embedder:
     def embed_photos(self, photos, titles, tokens=True):
         """Photos {name: path} -> names, embedding, tokens of those that can be read. Prints the
         others; BadInput when none can be read."""
-        read = lambda name: data.read_picture(photos[name])
+        read = functools.partial(read_photo, photos)      # a lambda cannot go to a spawned process
         image, image_tokens, readable = self.embed_images(read, titles, list(photos), tokens)
         names = []
         for name, good in zip(photos, readable.tolist()):
@@ -1188,7 +1194,7 @@ def recognise(path, args):
                 shop = [(name, f"{value:.1f} {titles[name] or name}", "gray")
                         for name, value in top]
                 sheet[best] = ranking_row(window, window.clip(0), f"{clock[0]} {window.asr}", shop,
-                                          lambda name: data.read_picture(photos[name]))
+                                          functools.partial(read_photo, photos))
     if said:
         heard = sum(float(second) < end for second, _ in said)
         print(f"{args.asr}: {heard} of {len(said)} rows were said in this live")

@@ -364,8 +364,8 @@ def train(config, rank, world, device):
         return False
     stage = build_stage(config, saved, device)
     model, extras = stage.model, stage.extras
-    epoch_steps = len(stage.dataset) / config.batch
-    config.steps = config.steps or max(1, int(config.epochs * epoch_steps))
+    items = len(stage.dataset)
+    config.steps = config.steps or max(1, int(config.epochs * items / config.batch))
     extras["versions"] = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
     extras["left_out"] = stage.dataset.split.notes
     optimizer, start, best = init_or_resume(model, config, saved, extras, path, device)

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -400,6 +401,17 @@ def test_several_checkpoints_make_one_table(run_one, livestreams, tmp_path, caps
     names = [line.split(" | ")[0].strip("| ") for line in lines if " boxes, " in line]
     assert names == [f"{boxes} boxes, {score}" for boxes in ("true", "MD", "SD")
                      for score in ("ICL", "PMD", "ICL + PMD")]
+
+
+def test_photos_can_be_loaded_by_spawned_processes(run_one, livestreams, monkeypatch):
+    """macOS and Windows send the data set to a loader process as a pickle."""
+    make_loader = data.make_loader
+    monkeypatch.setattr(data, "make_loader", lambda dataset, *rest: make_loader(
+        pickle.loads(pickle.dumps(dataset)), *rest))
+    embedder = evaluation.Embedder(evaluation.load_checkpoint(run_one / "rice.pt"), CPU)
+    photos = evaluation.photos_of(livestreams / "images")
+    names, embedding, tokens = embedder.embed_photos(photos, {}, tokens=False)
+    assert len(names) == len(photos) == len(embedding) and tokens.shape[1] == 0
 
 
 def test_near_duplicates_are_listed(run_one, livestreams, tmp_path):
